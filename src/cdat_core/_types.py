@@ -1,0 +1,63 @@
+"""The vocabulary of the core: scalars, measurements, vector spaces, Hessian-vector products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+
+Scalar: TypeAlias = Any
+"""A 0-d array of the caller's framework (a Python float is accepted as a multiplier)."""
+
+V = TypeVar("V")
+"""A vector the core never looks into: an array, a pytree, a list of sharded tensors."""
+
+
+class Measurement(NamedTuple):
+    """The loss along the update direction u, to second order.
+
+    The quadratic model is ``q(eta) = value + eta * slope + eta**2 / 2 * curvature``. All fields are
+    0-d arrays; a field that no tuner in use needs may be None (see ``Tuner.needs``).
+
+    Attributes
+    ----------
+    value : Scalar or None
+        The loss f(w), in units of the loss.
+    slope : Scalar or None
+        The directional derivative <g, u>; negative when u descends.
+    curvature : Scalar or None
+        The directional curvature <u, H u>, with H the Hessian of the same loss on the same batch.
+    sharpness : Scalar or None
+        The largest eigenvalue of H (of ``P^-1/2 H P^-1/2`` under a preconditioner P).
+    """
+
+    value: Scalar | None
+    slope: Scalar | None
+    curvature: Scalar | None
+    sharpness: Scalar | None = None
+
+
+class InnerProductSpace(Protocol[V]):
+    """What the estimators ask of a vector type: an inner product and two linear operations.
+
+    The implementation owns layout, accumulation dtype, sharding and collectives. Vectors are never
+    flattened and never modified in place.
+    """
+
+    def vdot(self, x: V, y: V) -> Scalar:
+        """Return the real inner product <x, y> as a 0-d array."""
+        ...
+
+    def scale(self, a: Scalar, x: V) -> V:
+        """Return ``a * x`` in the dtype of x."""
+        ...
+
+    def add_scale(self, x: V, a: Scalar, y: V) -> V:
+        """Return ``x + a * y`` in the dtype of x."""
+        ...
+
+
+class HessianVectorProduct(Protocol[V]):
+    """A linear, symmetric operator on vectors: ``v -> H v``."""
+
+    def __call__(self, v: V, /) -> V:
+        """Return H v, a vector like v."""
+        ...

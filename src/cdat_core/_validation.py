@@ -1,0 +1,66 @@
+"""Checks of hyperparameters.
+
+Python numbers are checked and turned into floats; anything that carries a dtype (a traced value
+under ``jax.jit`` or ``jax.vmap``, an array of hyperparameters) passes through, because its value is
+not known when the tuner is built.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+Hyperparameter = Any
+
+
+def _checked(
+    name: str, value: Any, holds: Callable[[float], bool], requirement: str
+) -> Hyperparameter:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if not (math.isfinite(number) and holds(number)):
+            msg = f"{name} must be {requirement}, got {value!r}"
+            raise ValueError(msg)
+        return number
+    if hasattr(value, "dtype"):
+        return value
+    msg = f"{name} must be a real number or a 0-d array, got {value!r}"
+    raise TypeError(msg)
+
+
+def positive(name: str, value: Any) -> Hyperparameter:
+    """Require a finite number > 0."""
+    return _checked(name, value, lambda x: x > 0, "a finite number > 0")
+
+
+def nonnegative(name: str, value: Any) -> Hyperparameter:
+    """Require a finite number >= 0."""
+    return _checked(name, value, lambda x: x >= 0, "a finite number >= 0")
+
+
+def at_least_one(name: str, value: Any) -> Hyperparameter:
+    """Require a finite number >= 1."""
+    return _checked(name, value, lambda x: x >= 1, "a finite number >= 1")
+
+
+def fraction(name: str, value: Any) -> Hyperparameter:
+    """Require a number in the half-open interval [0, 1)."""
+    return _checked(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def open_fraction(name: str, value: Any) -> Hyperparameter:
+    """Require a number in the open interval (0, 1)."""
+    return _checked(name, value, lambda x: 0 < x < 1, "in (0, 1)")
+
+
+def count(name: str, value: Any) -> int:
+    """Require a Python integer >= 1 (it fixes the length of a computation, so it is static)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        msg = f"{name} must be an integer >= 1, got {value!r}"
+        raise TypeError(msg)
+    if value < 1:
+        msg = f"{name} must be an integer >= 1, got {value!r}"
+        raise ValueError(msg)
+    return int(value)

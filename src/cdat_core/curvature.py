@@ -1,0 +1,113 @@
+"""Curvature along a direction, from any Hessian-vector product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cdat_core import _validation
+from cdat_core._arrays import namespace, safe_reciprocal, sqrt_nonnegative
+from cdat_core._types import V, HessianVectorProduct, InnerProductSpace, Measurement, Scalar
+
+
+def directional_curvature(
+    hvp: HessianVectorProduct[V], direction: V, *, space: InnerProductSpace[V]
+) -> Scalar:
+    """Return <u, H u> with one Hessian-vector product.
+
+    Parameters
+    ----------
+    hvp : HessianVectorProduct
+        The operator ``v -> H v``.
+    direction : V
+        The update direction u; it need not be normalised.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    Scalar
+        The directional curvature, in units of loss per squared learning rate.
+    """
+    return space.vdot(direction, hvp(direction))
+
+
+def measure(
+    value: Scalar,
+    grad: V,
+    hvp: HessianVectorProduct[V],
+    direction: V,
+    *,
+    space: InnerProductSpace[V],
+) -> Measurement:
+    """Return the quadratic model of the loss along `direction`.
+
+    Parameters
+    ----------
+    value : Scalar
+        The loss at the current parameters.
+    grad : V
+        Its gradient there.
+    hvp : HessianVectorProduct
+        The product with its Hessian there: same loss, same batch.
+    direction : V
+        The update direction u.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    Measurement
+        value, slope <g, u> and curvature <u, H u>.
+    """
+    return Measurement(
+        value=value,
+        slope=space.vdot(grad, direction),
+        curvature=directional_curvature(hvp, direction, space=space),
+    )
+
+
+def finite_difference_hvp(
+    grad_fn: Callable[[V], V],
+    params: V,
+    *,
+    step: float | None = None,
+    space: InnerProductSpace[V],
+) -> HessianVectorProduct[V]:
+    """Return a Hessian-vector product made of two gradients: a central difference.
+
+    ``H v`` is approximated by ``(g(w + h v) - g(w - h v)) / (2 h)``, where h is chosen for each v so
+    that the parameters move by the length ``step * max(1, |w|)``. The error is of second order in
+    that length plus the rounding of the gradients divided by it. Networks with kinks (ReLU) have
+    differences that see the kinks, which the Hessian does not.
+
+    Parameters
+    ----------
+    grad_fn : callable
+        ``params -> gradient``; called twice for each product.
+    params : V
+        The point w at which the Hessian is taken.
+    step : float, optional
+        Relative length of the displacement. By default the cube root of the machine epsilon of the
+        dtype of ``space.vdot``, which balances the two errors.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    HessianVectorProduct
+        A callable; the product with the zero vector is the zero vector.
+    """
+    if step is not None:
+        step = _validation.positive("step", step)
+    params_norm = sqrt_nonnegative(space.vdot(params, params))
+    xp = namespace(params_norm)
+    relative = float(xp.finfo(params_norm.dtype).eps) ** (1 / 3) if step is None else step
+    length = relative * xp.where(params_norm > 1, params_norm, xp.ones_like(params_norm))
+
+    def hvp(v: V, /) -> V:
+        h = length * safe_reciprocal(sqrt_nonnegative(space.vdot(v, v)))
+        forward = grad_fn(space.add_scale(params, h, v))
+        backward = grad_fn(space.add_scale(params, -h, v))
+        return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
+
+    return hvp

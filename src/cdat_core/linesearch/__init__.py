@@ -1,0 +1,6 @@
+"""Line searches as ask and tell: the caller evaluates the loss and drives the loop."""
+
+from cdat_core.linesearch._backtracking import BacktrackingState, backtracking
+from cdat_core.linesearch._base import LineSearch, LineSearchState
+
+__all__ = ["BacktrackingState", "LineSearch", "LineSearchState", "backtracking"]

@@ -1,0 +1,61 @@
+"""The shape that every line search shares: ask for a trial, tell its value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from cdat_core._types import Scalar
+
+
+class LineSearchState(Protocol):
+    """What every line-search state shows; states are NamedTuples of scalars."""
+
+    @property
+    def step_size(self) -> Scalar:
+        """The next trial; once `done`, the step to take (0 if none is acceptable)."""
+        ...
+
+    @property
+    def done(self) -> Scalar:
+        """Whether the search has ended, boolean."""
+        ...
+
+    @property
+    def failed(self) -> Scalar:
+        """Whether it ended without meeting its condition, boolean."""
+        ...
+
+    @property
+    def trials(self) -> Scalar:
+        """How many trial values it was told, int32."""
+        ...
+
+
+class LineSearch(NamedTuple):
+    """A line search as pure functions; the caller evaluates the loss and drives the loop.
+
+    ::
+
+        state = search.init(measurement, like, previous_step_size)
+        while not state.done:
+            state = search.tell(state, loss(w + state.step_size * u))
+
+    Attributes
+    ----------
+    init : callable
+        ``init(measurement, like, previous_step_size=None) -> state``. `like` is a real floating 0-d
+        array that fixes namespace, dtype and device; `previous_step_size` is the step accepted at
+        the last training step, from which the first guess grows.
+    tell : callable
+        ``tell(state, value, slope=None) -> state``: the loss (and, where the search asks for it, the
+        slope) at the trial. A state that is done is returned unchanged.
+    needs : frozenset of str
+        The fields of `Measurement` that `init` reads.
+    """
+
+    init: Callable[..., Any]
+    tell: Callable[..., Any]
+    needs: frozenset[str]
+
+

@@ -1,0 +1,170 @@
+"""What every tuner shares: its shape, the skip of non-finite measurements, the guards on the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast as typing_cast
+
+from cdat_core import _validation
+from cdat_core._arrays import cast, filled, increment, namespace, require_floating
+from cdat_core._types import Measurement, Scalar
+
+
+class TunerState(Protocol):
+    """What every tuner state carries beside its own averages; states are NamedTuples of scalars."""
+
+    @property
+    def rate(self) -> Scalar:
+        """The last positive learning rate (before the first one: the start rate, or 0)."""
+        ...
+
+    @property
+    def skipped(self) -> Scalar:
+        """How many measurements were skipped because they were not finite, int32."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=TunerState)
+
+
+class Tuner(NamedTuple, Generic[StateT]):
+    """A rule from measurements to learning rates, as a pair of pure functions.
+
+    Attributes
+    ----------
+    init : callable
+        ``init(like) -> state``. `like` is a real floating 0-d array that fixes namespace, dtype and
+        device of the state (an array of any shape runs a batch of independent tuners).
+    update : callable
+        ``update(measurement, state) -> (learning_rate, state)``. Pure, without branching on values:
+        it runs unchanged under numpy, ``jax.jit``, ``jax.vmap`` and on torch devices without a
+        synchronisation.
+    needs : frozenset of str
+        The fields of `Measurement` that `update` reads. The others may be None.
+    """
+
+    init: Callable[[Scalar], StateT]
+    update: Callable[[Measurement, StateT], tuple[Scalar, StateT]]
+    needs: frozenset[str]
+
+
+def from_rule(
+    init: Callable[[Scalar], StateT],
+    rule: Callable[[Measurement, StateT], tuple[Scalar, StateT]],
+    *,
+    needs: Iterable[str],
+) -> Tuner[StateT]:
+    """Make a tuner of a bare formula, adding what all tuners owe their users.
+
+    Around `rule` this puts: a check that the needed fields are present, the skip of non-finite
+    measurements (rate 0, state unchanged but for the count), dtypes that stay those of the state,
+    and the bookkeeping of ``rate``. The rule sees finite scalars only.
+
+    Parameters
+    ----------
+    init : callable
+        ``like -> state``, a NamedTuple of scalars with the fields ``rate`` and ``skipped``.
+    rule : callable
+        ``(measurement, state) -> (learning_rate, state)``. It need not touch ``rate`` and ``skipped``.
+    needs : iterable of str
+        Names of the `Measurement` fields the rule reads.
+
+    Returns
+    -------
+    Tuner
+    """
+    needed = frozenset(needs)
+    unknown = needed - set(Measurement._fields)
+    if unknown:
+        msg = f"needs must name fields of Measurement {Measurement._fields}, got {sorted(unknown)}"
+        raise ValueError(msg)
+
+    def checked_init(like: Scalar) -> StateT:
+        require_floating(like, "like")
+        return init(like)
+
+    def update(measurement: Measurement, state: StateT) -> tuple[Scalar, StateT]:
+        missing = sorted(name for name in needed if getattr(measurement, name) is None)
+        if missing:
+            msg = f"this tuner needs Measurement.{missing[0]}, got None; see Tuner.needs"
+            raise ValueError(msg)
+        xp = namespace(state.rate)
+        usable = xp.isfinite(state.rate)
+        for field in measurement:
+            if field is not None:
+                usable = usable & xp.isfinite(field)
+        clean = Measurement(
+            *(
+                None if field is None else cast(xp.where(usable, field, 0 * state.rate), state.rate)
+                for field in measurement
+            )
+        )
+        rate, proposed = rule(clean, state)
+        usable = usable & xp.isfinite(rate)
+        rate = xp.where(usable, cast(rate, state.rate), xp.zeros_like(state.rate))
+        old = typing_cast(Any, state)
+        kept = [
+            xp.where(usable, cast(new, before), before)
+            for new, before in zip(typing_cast(Any, proposed), old, strict=True)
+        ]
+        new_state = type(old)(*kept)._replace(
+            rate=xp.where(rate > 0, rate, state.rate),
+            skipped=increment(state.skipped, ~usable),
+        )
+        return rate, new_state
+
+    return Tuner(checked_init, update, needed)
+
+
+class Guards(NamedTuple):
+    """Limits on the learning rate; None switches a limit off. See `limits` for what they mean."""
+
+    initial_learning_rate: Any = None
+    max_growth: Any = None
+    max_learning_rate: Any = None
+
+    def start(self, like: Scalar) -> Scalar:
+        """Return the rate a state starts from: the start rate, or 0."""
+        initial = 0.0 if self.initial_learning_rate is None else self.initial_learning_rate
+        return filled(like, initial)
+
+    def limit(self, proposal: Scalar, previous: Scalar, *, first: Scalar) -> Scalar:
+        """Return `proposal` within the limits.
+
+        Parameters
+        ----------
+        proposal : Scalar
+            The rate the rule asks for.
+        previous : Scalar
+            The last positive rate, or what `start` returned.
+        first : Scalar
+            Boolean; whether no measurement has been used yet.
+        """
+        xp = namespace(previous)
+        if self.initial_learning_rate is not None:
+            proposal = xp.where(first & (proposal > previous), previous, proposal)
+        if self.max_growth is not None:
+            ceiling = cast(self.max_growth, previous) * previous
+            capped = ~first & (previous > 0) & (proposal > ceiling)
+            proposal = xp.where(capped, ceiling, proposal)
+        if self.max_learning_rate is not None:
+            ceiling = filled(previous, self.max_learning_rate)
+            proposal = xp.where(proposal > ceiling, ceiling, proposal)
+        return proposal
+
+
+def checked_guards(
+    initial_learning_rate: Any, max_growth: Any, max_learning_rate: Any
+) -> Guards:
+    """Return validated `Guards`."""
+    return Guards(
+        None
+        if initial_learning_rate is None
+        else _validation.positive("initial_learning_rate", initial_learning_rate),
+        None if max_growth is None else _validation.at_least_one("max_growth", max_growth),
+        None
+        if max_learning_rate is None
+        else _validation.positive("max_learning_rate", max_learning_rate),
+    )
+
+

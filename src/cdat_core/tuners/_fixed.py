@@ -1,0 +1,106 @@
+"""Rates that do not look at the loss: constants and schedules, as tuners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cdat_core import _validation
+from cdat_core._arrays import counter, filled, namespace
+from cdat_core._types import Measurement, Scalar
+from cdat_core.tuners._base import Tuner, from_rule
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled` and `constant`; all fields are scalars.
+
+    Attributes
+    ----------
+    rate : Scalar
+        The last positive learning rate.
+    step : Scalar
+        Steps taken so far, int32; skipped steps are not counted.
+    skipped : Scalar
+        Measurements skipped because they were not finite, int32.
+    """
+
+    rate: Scalar
+    step: Scalar
+    skipped: Scalar
+
+
+def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[ScheduledState]:
+    """Follow a schedule of the step number.
+
+    Parameters
+    ----------
+    schedule : callable
+        ``step -> learning_rate``. The step, from 0, comes as a 0-d array in the dtype of the state,
+        so array functions, comparisons and Optax schedules work on it. A non-finite rate counts as
+        a skip.
+
+    Returns
+    -------
+    Tuner
+        It needs nothing; fields that are given are still checked to be finite.
+
+    Raises
+    ------
+    TypeError
+        If `schedule` is not callable.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.scheduled(lambda step: 0.1 / (1 + step))
+    >>> state = tuner.init(np.asarray(0.0))
+    >>> for _ in range(2):
+    ...     rate, state = tuner.update(Measurement(None, None, None), state)
+    >>> float(rate)
+    0.05
+    """
+    if not callable(schedule):
+        msg = f"schedule must be callable (step -> learning rate), got {schedule!r}"
+        raise TypeError(msg)
+
+    def init(like: Scalar) -> ScheduledState:
+        return ScheduledState(namespace(like).zeros_like(like), counter(like), counter(like))
+
+    def rule(measurement: Measurement, state: ScheduledState) -> tuple[Scalar, ScheduledState]:
+        del measurement
+        step = namespace(state.rate).astype(state.step, state.rate.dtype)
+        return filled(state.rate, schedule(step)), state._replace(step=state.step + 1)
+
+    return from_rule(init, rule, needs=())
+
+
+def constant(learning_rate: Any) -> Tuner[ScheduledState]:
+    """Always return the same rate.
+
+    Parameters
+    ----------
+    learning_rate : float
+        The rate, >= 0.
+
+    Returns
+    -------
+    Tuner
+        It needs nothing; fields that are given are still checked to be finite.
+
+    Raises
+    ------
+    ValueError
+        If `learning_rate` is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.constant(0.1)
+    >>> rate, _ = tuner.update(Measurement(None, None, None), tuner.init(np.asarray(0.0)))
+    >>> float(rate)
+    0.1
+    """
+    learning_rate = _validation.nonnegative("learning_rate", learning_rate)
+    return scheduled(lambda step: learning_rate)

@@ -1,0 +1,222 @@
+"""Rules on the quadratic model along the update: CDAT, quadratically greedy, on edge."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cdat_core import _validation
+from cdat_core._arrays import cast, counter, namespace
+from cdat_core._types import Measurement, Scalar
+from cdat_core.tuners._base import Tuner, checked_guards, from_rule
+
+
+class CDATState(NamedTuple):
+    """State of `cdat`; all fields are scalars.
+
+    Attributes
+    ----------
+    rate : Scalar
+        The last positive learning rate.
+    numerator : Scalar
+        Moving average of ``max(-slope, 0)``, started at zero.
+    denominator : Scalar
+        Moving average of ``|curvature|``, started at zero.
+    weight : Scalar
+        The same moving average of 1: dividing by it removes the bias of the start.
+    skipped : Scalar
+        Measurements skipped because they were not finite, int32.
+    """
+
+    rate: Scalar
+    numerator: Scalar
+    denominator: Scalar
+    weight: Scalar
+    skipped: Scalar
+
+
+def cdat(
+    sigma: Any = 2.0,
+    decay: Any = 0.9,
+    eps: Any = 0.0,
+    *,
+    initial_learning_rate: Any = None,
+    max_growth: Any = None,
+    max_learning_rate: Any = None,
+) -> Tuner[CDATState]:
+    """Curvature Dynamics Aware Tuning: ``eta = sigma * n / (d + eps)``.
+
+    n is the moving average of ``max(-slope, 0)`` and d that of ``|curvature|``. With sigma = 1 the
+    rate minimises the (averaged) quadratic model, with sigma = 2 it sits on the edge where the model
+    returns to the present loss. The method is from [1]_; start rate, growth cap, upper bound, the
+    skip of non-finite measurements and the hold at zero curvature are additions of this library.
+
+    A measurement of zero curvature says nothing about the rate: the averages stay and the last rate
+    holds (0 before the first rate, unless `initial_learning_rate` is given). If the averaged slope
+    is not negative, the rate is 0.
+
+    Parameters
+    ----------
+    sigma : float
+        Scale of the rate, > 0. Above 2 the sharpness collapses in many problems.
+    decay : float
+        Memory of the moving averages, in [0, 1). With 0 only the present measurement counts.
+    eps : float
+        Added to the averaged curvature, >= 0, in units of the curvature.
+    initial_learning_rate : float, optional
+        Upper bound of the first rate, and the rate held until a curvature is known.
+    max_growth : float, optional
+        Largest factor, >= 1, from one rate to the next.
+    max_learning_rate : float, optional
+        Largest rate.
+
+    Returns
+    -------
+    Tuner
+        It needs slope and curvature.
+
+    Raises
+    ------
+    ValueError
+        If a hyperparameter is out of its range.
+
+    References
+    ----------
+    .. [1] V. Roulet, A. Agarwala, J.-B. Grill, G. Swirszcz, M. Blondel, F. Pedregosa, "Stepping on
+       the Edge: Curvature Aware Learning Rate Tuners", 2024, arXiv:2407.06183.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.cdat(sigma=1.0, decay=0.0)
+    >>> state = tuner.init(np.asarray(0.0))
+    >>> rate, state = tuner.update(
+    ...     Measurement(np.asarray(3.0), np.asarray(-2.0), np.asarray(4.0)), state
+    ... )
+    >>> float(rate)
+    0.5
+    """
+    sigma = _validation.positive("sigma", sigma)
+    decay = _validation.fraction("decay", decay)
+    eps = _validation.nonnegative("eps", eps)
+    guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+
+    def init(like: Scalar) -> CDATState:
+        zero = namespace(like).zeros_like(like)
+        return CDATState(guards.start(like), zero, zero, zero, counter(like))
+
+    def rule(measurement: Measurement, state: CDATState) -> tuple[Scalar, CDATState]:
+        xp = namespace(state.rate)
+        beta, offset = cast(decay, state.rate), cast(eps, state.rate)
+        zero = xp.zeros_like(state.rate)
+        slope, magnitude = measurement.slope, xp.abs(measurement.curvature)
+        descent = xp.where(slope < 0, -slope, zero)
+        numerator = beta * state.numerator + (1 - beta) * descent
+        denominator = beta * state.denominator + (1 - beta) * magnitude
+        weight = beta * state.weight + (1 - beta)
+
+        informative = magnitude + offset > 0
+        divisor = denominator + offset * weight
+        usable = informative & (divisor > 0)
+        ratio = cast(sigma, state.rate) * (
+            numerator / xp.where(usable, divisor, xp.ones_like(divisor))
+        )
+        usable = usable & xp.isfinite(ratio)
+        held = xp.where(numerator > 0, state.rate, zero)
+        proposal = xp.where(usable, xp.where(usable, ratio, zero), held)
+        rate = guards.limit(proposal, state.rate, first=state.weight == 0)
+        return rate, state._replace(
+            numerator=xp.where(informative, numerator, state.numerator),
+            denominator=xp.where(informative, denominator, state.denominator),
+            weight=xp.where(informative, weight, state.weight),
+        )
+
+    return from_rule(init, rule, needs=("slope", "curvature"))
+
+
+def quadratically_greedy(
+    decay: Any = 0.0,
+    eps: Any = 0.0,
+    *,
+    initial_learning_rate: Any = None,
+    max_growth: Any = None,
+    max_learning_rate: Any = None,
+) -> Tuner[CDATState]:
+    """Minimise the quadratic model along the update: ``eta = -slope / |curvature|``.
+
+    One of the two classical tuners that the paper (arXiv:2407.06183) studies. It is `cdat` with
+    sigma = 1 and, by default, no averaging. Where the curvature is negative the model has no
+    minimum; its magnitude is used, as in `cdat`.
+
+    Parameters
+    ----------
+    decay, eps, initial_learning_rate, max_growth, max_learning_rate
+        As in `cdat`.
+
+    Returns
+    -------
+    Tuner
+        It needs slope and curvature.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.quadratically_greedy()
+    >>> rate, _ = tuner.update(
+    ...     Measurement(None, np.asarray(-1.0), np.asarray(2.0)), tuner.init(np.asarray(0.0))
+    ... )
+    >>> float(rate)
+    0.5
+    """
+    return cdat(
+        1.0,
+        decay,
+        eps,
+        initial_learning_rate=initial_learning_rate,
+        max_growth=max_growth,
+        max_learning_rate=max_learning_rate,
+    )
+
+
+def on_edge(
+    decay: Any = 0.0,
+    eps: Any = 0.0,
+    *,
+    initial_learning_rate: Any = None,
+    max_growth: Any = None,
+    max_learning_rate: Any = None,
+) -> Tuner[CDATState]:
+    """Step to where the quadratic model returns to the present loss: ``eta = -2 slope / |curvature|``.
+
+    Twice the greedy rate (arXiv:2407.06183): `cdat` with sigma = 2 and, by default, no averaging.
+
+    Parameters
+    ----------
+    decay, eps, initial_learning_rate, max_growth, max_learning_rate
+        As in `cdat`.
+
+    Returns
+    -------
+    Tuner
+        It needs slope and curvature.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.on_edge()
+    >>> rate, _ = tuner.update(
+    ...     Measurement(None, np.asarray(-1.0), np.asarray(2.0)), tuner.init(np.asarray(0.0))
+    ... )
+    >>> float(rate)
+    1.0
+    """
+    return cdat(
+        2.0,
+        decay,
+        eps,
+        initial_learning_rate=initial_learning_rate,
+        max_growth=max_growth,
+        max_learning_rate=max_learning_rate,
+    )
