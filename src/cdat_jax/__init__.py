@@ -1,0 +1,27 @@
+"""Curvature-aware learning rates for JAX, as Optax transformations."""
+
+try:
+    import jax as _jax
+    import optax as _optax
+except ImportError as error:
+    msg = f'cdat_jax needs JAX and Optax ({error}); install them with: pip install "cdat[jax]"'
+    raise ImportError(msg) from error
+
+from cdat_jax.curvature import hvp, measure
+from cdat_jax.spaces import TreeSpace
+from cdat_jax.transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
+from cdat_jax.wrapper import CDATState, cdat
+
+__all__ = [
+    "CDATState",
+    "ScaleByTunerState",
+    "TreeSpace",
+    "TunerInfo",
+    "cdat",
+    "hvp",
+    "measure",
+    "scale_by_cdat",
+    "scale_by_tuner",
+]
+
+del _jax, _optax

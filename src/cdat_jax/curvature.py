@@ -1,0 +1,177 @@
+"""Slope and curvature of a JAX objective along a direction.
+
+Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges its
+primal with that of the gradient. A ``custom_vjp`` has no forward rule; there the curvature is taken
+from the jvp of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import cdat_core
+from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+
+Objective = Callable[[PyTree], jax.Array]
+
+METHODS = ("auto", "forward", "hvp", "finite_difference")
+
+
+def check_method(curvature: str) -> None:
+    """Raise a ValueError unless `curvature` names a way to compute it."""
+    if curvature not in METHODS:
+        msg = f"curvature must be one of {METHODS}, got {curvature!r}"
+        raise ValueError(msg)
+
+
+def measure(
+    value_fn: Objective, params: PyTree, direction: PyTree, *, curvature: str = "auto"
+) -> cdat_core.Measurement:
+    """Return loss, slope and curvature of `value_fn` at `params` along `direction`.
+
+    Pure and traceable; call it inside ``jax.jit``, together with the gradient if that is needed too.
+
+    Parameters
+    ----------
+    value_fn : callable
+        ``params -> loss``, a scalar.
+    params : pytree
+        The point w.
+    direction : pytree
+        The update direction u, shaped like `params`; cast to the dtypes of `params`.
+    curvature : str
+        "auto" is forward over forward, or the jvp of the gradient where a ``custom_vjp`` forbids the
+        former; "forward" and "hvp" demand one of the two; "finite_difference" uses two further
+        gradients.
+
+    Returns
+    -------
+    cdat_core.Measurement
+        value f(w), slope <g, u>, curvature <u, H u>: 0-d arrays of float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from cdat_jax import measure
+    >>> measurement = measure(lambda w: (w**3).sum(), jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+    >>> [float(x) for x in measurement[:3]]
+    [9.0, 12.0, 12.0]
+    """
+    check_method(curvature)
+    dtype = scalar_dtype(params)
+    direction = _tangent(params, direction)
+    checked = _require_scalar(value_fn)
+    model = _MODELS[curvature](checked, params, direction)
+    return cdat_core.Measurement(*(field.astype(dtype) for field in model))
+
+
+def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[PyTree]:
+    """Return the Hessian-vector product of `value_fn` at `params`.
+
+    The gradient is linearised once, so further products repeat only the linear part.
+
+    Parameters
+    ----------
+    value_fn : callable
+        ``params -> loss``, a scalar.
+    params : pytree
+        The point at which the Hessian is taken.
+
+    Returns
+    -------
+    cdat_core.HessianVectorProduct
+        ``v -> H v`` on pytrees like `params`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from cdat_jax import hvp
+    >>> product = hvp(lambda w: (w**3).sum(), jnp.array([1.0, 2.0]))
+    >>> [float(x) for x in product(jnp.array([1.0, 1.0]))]
+    [6.0, 12.0]
+    """
+    _, product = jax.linearize(jax.grad(_require_scalar(value_fn)), params)
+
+    def checked(v: PyTree, /) -> PyTree:
+        return product(_tangent(params, v))
+
+    return checked
+
+
+def _require_scalar(value_fn: Objective) -> Objective:
+    def checked(params: PyTree) -> jax.Array:
+        value = value_fn(params)
+        if jnp.shape(value) != ():
+            msg = f"value_fn must return a scalar, got shape {jnp.shape(value)}; reduce it first"
+            raise ValueError(msg)
+        return jnp.asarray(value)
+
+    return checked
+
+
+def _tangent(params: PyTree, direction: PyTree) -> PyTree:
+    def like(p: Any, u: Any) -> jax.Array:
+        if jnp.shape(p) != jnp.shape(u):
+            msg = (
+                f"direction must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
+            )
+            raise ValueError(msg)
+        return jnp.asarray(u).astype(jnp.asarray(p).dtype)
+
+    return jax.tree.map(like, params, direction)
+
+
+Model = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward_over_forward(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(value_fn, (p,), (direction,))
+
+    (value, slope), (_, curvature) = jax.jvp(along, (params,), (direction,))
+    return value, slope, curvature
+
+
+def _forward_over_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    # jax.grad of a real function of complex parameters returns the conjugate of the gradient; the
+    # real part of the unconjugated product is the derivative along u, and likewise for <u, H u>.
+    (value, grad), (_, product) = jax.jvp(
+        jax.value_and_grad(value_fn), (params,), (direction,)
+    )
+    conjugate = jax.tree.map(jnp.conj, direction)
+    space = TreeSpace()
+    return value, space.vdot(conjugate, grad), space.vdot(conjugate, product)
+
+
+def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    space = TreeSpace()
+    value, grad = jax.value_and_grad(value_fn)(params)
+    product = cdat_core.finite_difference_hvp(jax.grad(value_fn), params, space=space)
+    conjugate = jax.tree.map(jnp.conj, direction)
+    return value, space.vdot(conjugate, grad), space.vdot(conjugate, product(direction))
+
+
+def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    try:
+        return _forward_over_forward(value_fn, params, direction)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return _forward_over_reverse(value_fn, params, direction)
+
+
+_MODELS: dict[str, Callable[[Objective, PyTree, PyTree], Model]] = {
+    "auto": _auto,
+    "forward": _forward_over_forward,
+    "hvp": _forward_over_reverse,
+    "finite_difference": _finite_difference,
+}

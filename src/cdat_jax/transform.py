@@ -1,0 +1,303 @@
+"""Tuners and line searches as Optax transformations, called exactly like Optax's line searches."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cdat_core import Measurement, _validation, tuners
+from cdat_core.linesearch import LineSearch
+from cdat_core.tuners import Tuner
+from cdat_jax.curvature import check_method, measure
+from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+
+_NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are not "
+    "passing `params` when calling `update`."
+)
+
+
+class TunerInfo(NamedTuple):
+    """The last measurement, and how many steps were skipped.
+
+    Attributes
+    ----------
+    value, slope : jax.Array
+        Loss and directional derivative at the last step.
+    curvature : jax.Array or None
+        Directional curvature when it was last measured; None if the tuner does not need it.
+    skipped : jax.Array
+        Steps skipped because value, gradient or curvature was not finite, int32.
+    """
+
+    value: jax.Array
+    slope: jax.Array
+    curvature: jax.Array | None
+    skipped: jax.Array
+
+
+class ScaleByTunerState(NamedTuple):
+    """State of `scale_by_tuner`.
+
+    Attributes
+    ----------
+    learning_rate : jax.Array
+        The rate of the last step (0 if it was skipped).
+    tuner_state : NamedTuple
+        The state of the tuner, or of the last line search (with its ``failed`` and ``trials``).
+    info : TunerInfo
+        The last measurement.
+    until_refresh : jax.Array
+        Steps for which the present rate still holds (see `every`), int32.
+    """
+
+    learning_rate: jax.Array
+    tuner_state: Any
+    info: TunerInfo
+    until_refresh: jax.Array
+
+
+def scale_by_tuner(
+    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str = "auto", every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Scale the updates by a tuned learning rate.
+
+    The updates that come in are the direction u, so put this last, behind an optimizer at learning
+    rate 1. Its ``update`` is called like that of Optax's line searches, and swapping one for the
+    other is one line::
+
+        solver = optax.chain(optax.adam(1.0), cdat_jax.scale_by_tuner(tuner))
+        updates, state = solver.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss_fn, batch=batch
+        )
+
+    `value` and `grad` are the loss and its raw gradient at `params`; `value_fn` is the same loss on
+    the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments that
+    it names (all of them if it accepts ``**kwargs``).
+
+    If value, gradient or curvature is not finite the updates are zero, the tuner's averages stay,
+    and ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
+    bad gradient; `cdat` protects their state too.
+
+    Parameters
+    ----------
+    tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
+        The rule for the rate. A line search evaluates `value_fn` in a ``lax.while_loop``.
+    curvature : str
+        How the curvature is computed; see `measure`.
+    every : int
+        Measure the curvature every so many steps and hold the rate in between; after a skipped step
+        it is measured at once. Steps without a measurement pay nothing for it.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Its state is a `ScaleByTunerState`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of the kind described.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from cdat_core import tuners
+    >>> from cdat_jax import scale_by_tuner
+    >>> loss = lambda w: ((w - 3.0) ** 2).sum()
+    >>> solver = optax.chain(optax.sgd(1.0), scale_by_tuner(tuners.cdat(sigma=1.0)))
+    >>> params = jnp.zeros(2)
+    >>> state = solver.init(params)
+    >>> value, grad = jax.value_and_grad(loss)(params)
+    >>> updates, state = solver.update(
+    ...     grad, state, params, value=value, grad=grad, value_fn=loss
+    ... )
+    >>> [float(x) for x in optax.apply_updates(params, updates)]
+    [3.0, 3.0]
+    """
+    check_method(curvature)
+    every = _validation.count("every", every)
+    if isinstance(tuner_or_search, Tuner):
+        decide = _tuner_decision(tuner_or_search, curvature, every)
+        measures = "curvature" in tuner_or_search.needs
+    elif isinstance(tuner_or_search, LineSearch):
+        decide = _search_decision(tuner_or_search)
+        measures = False
+    else:
+        msg = (
+            "tuner_or_search must be a cdat_core Tuner or LineSearch, "
+            f"got {tuner_or_search!r}; for example cdat_core.tuners.cdat()"
+        )
+        raise TypeError(msg)
+
+    def init(params: PyTree) -> ScaleByTunerState:
+        zero = jnp.zeros((), dtype=scalar_dtype(params))
+        none_yet = jnp.zeros((), dtype=jnp.int32)
+        if isinstance(tuner_or_search, Tuner):
+            tuner_state = tuner_or_search.init(zero)
+        else:
+            tuner_state = tuner_or_search.init(Measurement(zero, zero, None), zero)
+        info = TunerInfo(zero, zero, zero if measures else None, none_yet)
+        return ScaleByTunerState(zero, tuner_state, info, none_yet)
+
+    def update(
+        updates: PyTree,
+        state: ScaleByTunerState,
+        params: PyTree | None = None,
+        *,
+        value: Any,
+        grad: PyTree,
+        value_fn: Callable[..., Any],
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByTunerState]:
+        if params is None:
+            raise ValueError(_NO_PARAMS)
+        if jnp.shape(value) != ():
+            msg = f"value must be a scalar, got shape {jnp.shape(value)}"
+            raise ValueError(msg)
+        dtype = state.learning_rate.dtype
+        value = jnp.asarray(value, dtype=dtype)
+        # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
+        slope = TreeSpace().vdot(jax.tree.map(jnp.conj, grad), updates).astype(dtype)
+        objective = _bind(value_fn, extra_args)
+        new_state, skip = decide(state, params, updates, value, slope, objective)
+
+        def scaled(u: Any) -> jax.Array:
+            step = (new_state.learning_rate * u).astype(jnp.asarray(u).dtype)
+            return jnp.where(skip, jnp.zeros_like(step), step)
+
+        return jax.tree.map(scaled, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def scale_by_cdat(
+    sigma: Any = 2.0,
+    decay: Any = 0.9,
+    eps: Any = 0.0,
+    *,
+    initial_learning_rate: Any = None,
+    max_growth: Any = None,
+    max_learning_rate: Any = None,
+    curvature: str = "auto",
+    every: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale the updates by the CDAT rate: `scale_by_tuner` with `cdat_core.tuners.cdat`.
+
+    Parameters
+    ----------
+    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
+        See `cdat_core.tuners.cdat`.
+    curvature, every
+        See `scale_by_tuner`.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+
+    Examples
+    --------
+    >>> import optax
+    >>> from cdat_jax import scale_by_cdat
+    >>> solver = optax.chain(optax.adam(1.0), scale_by_cdat(sigma=1.9))
+    """
+    tuner = tuners.cdat(
+        sigma,
+        decay,
+        eps,
+        initial_learning_rate=initial_learning_rate,
+        max_growth=max_growth,
+        max_learning_rate=max_learning_rate,
+    )
+    return scale_by_tuner(tuner, curvature=curvature, every=every)
+
+
+def _bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
+    """Fix those of the extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
+    parameters = inspect.signature(value_fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        taken = extra_args
+    else:
+        names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        taken = {name: value for name, value in extra_args.items() if name in names}
+    return functools.partial(value_fn, **taken)
+
+
+Decision = tuple[ScaleByTunerState, jax.Array]
+Decide = Callable[..., Decision]
+
+
+def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
+    """Return the function that asks a tuner for the rate; `every` saves measurements of curvature."""
+    measures = "curvature" in tuner.needs
+    if "sharpness" in tuner.needs:
+        msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
+        raise ValueError(msg)
+
+    def decide(
+        state: ScaleByTunerState,
+        params: PyTree,
+        direction: PyTree,
+        value: jax.Array,
+        slope: jax.Array,
+        objective: Callable[[PyTree], Any],
+    ) -> Decision:
+        def refresh() -> tuple[jax.Array, Any, jax.Array | None]:
+            second = None
+            if measures:
+                second = measure(objective, params, direction, curvature=curvature).curvature
+                second = second.astype(slope.dtype)
+            rate, tuner_state = tuner.update(Measurement(value, slope, second), state.tuner_state)
+            return rate, tuner_state, second
+
+        def hold() -> tuple[jax.Array, Any, jax.Array | None]:
+            finite = jnp.isfinite(value) & jnp.isfinite(slope)
+            skipped = state.tuner_state.skipped + ~finite
+            rate = jnp.where(finite, state.learning_rate, 0)
+            return rate, state.tuner_state._replace(skipped=skipped), state.info.curvature
+
+        if measures and every > 1:
+            due = state.until_refresh == 0
+            rate, tuner_state, second = jax.lax.cond(due, refresh, hold)
+            remaining = jnp.where(due, every - 1, state.until_refresh - 1)
+        else:
+            rate, tuner_state, second = refresh()
+            remaining = state.until_refresh
+        skip = tuner_state.skipped > state.tuner_state.skipped
+        info = TunerInfo(value, slope, second, tuner_state.skipped)
+        remaining = jnp.where(skip, 0, remaining)  # the held rate was lost: measure at once
+        return ScaleByTunerState(rate, tuner_state, info, remaining), skip
+
+    return decide
+
+
+def _search_decision(search: LineSearch) -> Decide:
+    """Return the function that runs a line search along the updates."""
+
+    def decide(
+        state: ScaleByTunerState,
+        params: PyTree,
+        direction: PyTree,
+        value: jax.Array,
+        slope: jax.Array,
+        objective: Callable[[PyTree], Any],
+    ) -> Decision:
+        space, dtype = TreeSpace(), state.learning_rate.dtype
+
+        def tell(trial: Any) -> Any:
+            moved = space.add_scale(params, trial.step_size, direction)
+            return search.tell(trial, jnp.asarray(objective(moved), dtype=dtype))
+
+        start = search.init(Measurement(value, slope, None), value, state.learning_rate)
+        final = jax.lax.while_loop(lambda trial: ~trial.done, tell, start)
+        skip = ~(jnp.isfinite(value) & jnp.isfinite(slope))
+        info = TunerInfo(value, slope, None, state.info.skipped + skip)
+        return ScaleByTunerState(final.step_size, final, info, state.until_refresh), skip
+
+    return decide

@@ -1,0 +1,15 @@
+"""Curvature-aware learning rates for PyTorch: wrap any ``torch.optim`` optimizer."""
+
+try:
+    import torch as _torch
+except ImportError as error:
+    msg = f'cdat_torch needs PyTorch ({error}); install it with: pip install "cdat[torch]"'
+    raise ImportError(msg) from error
+
+from cdat_torch.curvature import hvp, measure
+from cdat_torch.optimizer import CDAT, StepInfo, TunedOptimizer
+from cdat_torch.spaces import TensorListSpace
+
+__all__ = ["CDAT", "StepInfo", "TensorListSpace", "TunedOptimizer", "hvp", "measure"]
+
+del _torch

@@ -1,0 +1,71 @@
+"""The tuner's state inside the ``state_dict`` of the optimizer.
+
+It is stored as Python numbers in each parameter group: distributed checkpointing drops further
+top-level keys and casts tensors in ``state`` to the dtype of the parameter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+_KEY = "tuner"
+
+
+class SavedTuner(NamedTuple):
+    """The tuner's part of a checkpoint; `state` maps field names to Python numbers."""
+
+    state: dict[str, Any] | None
+    skipped: int
+    until_refresh: int
+
+
+def with_tuner(
+    state_dict: dict[str, Any], tuner_state: Any, skipped: int, until_refresh: int
+) -> dict[str, Any]:
+    """Return `state_dict` with the tuner's scalars as Python numbers in each group."""
+    numbers = None
+    if tuner_state is not None:
+        numbers = {name: field.item() for name, field in tuner_state._asdict().items()}
+    saved = {"state": numbers, "skipped": skipped, "until_refresh": until_refresh}
+    for group in state_dict["param_groups"]:
+        group["tuned_lr"] = float(group["tuned_lr"])
+        group[_KEY] = dict(saved)
+    return state_dict
+
+
+def split(
+    state_dict: dict[str, Any], tuner_state: Any, groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], SavedTuner | None]:
+    """Return the base's part of `state_dict` and the tuner's; None if it is a plain optimizer's."""
+    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    if len(saved_groups) != len(groups):
+        msg = f"state_dict must hold {len(groups)} parameter groups, got {len(saved_groups)}"
+        raise ValueError(msg)
+    tuners = [group.pop(_KEY, None) for group in saved_groups]
+    if any(tuner is None for tuner in tuners):
+        warnings.warn(
+            "state_dict comes from an optimizer without a tuner: the tuner starts cold and the "
+            "learning-rate multipliers stay as they are",
+            stacklevel=3,
+        )
+        for saved, group in zip(saved_groups, groups, strict=True):
+            saved.update({key: group[key] for key in ("lr", "direction_weight", "tuned_lr")})
+        return {**state_dict, "param_groups": saved_groups}, None
+    tuner = SavedTuner(**tuners[0])
+    expected = None if tuner_state is None else set(tuner_state._fields)
+    found = None if tuner.state is None else set(tuner.state)
+    if expected != found:
+        msg = f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
+        raise ValueError(msg)
+    return {**state_dict, "param_groups": saved_groups}, tuner
+
+
+def restore(numbers: dict[str, Any] | None, like: Any) -> Any:
+    """Return a tuner state like `like` that holds `numbers`."""
+    assert numbers is not None
+    return type(like)(
+        *(torch.full_like(field, numbers[name]) for name, field in like._asdict().items())
+    )

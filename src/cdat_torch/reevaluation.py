@@ -1,0 +1,80 @@
+"""Evaluating the user's loss again, at other parameters, without a trace.
+
+Trial values of a line search and finite differences call the loss several times a step. Each further
+call must see the same dropout masks and must not move the running statistics of normalisation layers
+or the random state that the next step starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+RandomState = tuple[Tensor, dict[int, Tensor]]
+
+
+def random_state(params: Sequence[Tensor]) -> RandomState:
+    """Return the random state of the CPU and of the CUDA devices that hold `params`."""
+    cuda = sorted({p.device.index for p in params if p.device.type == "cuda"})
+    return torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda}
+
+
+def _set_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    for index, cuda_state in state[1].items():
+        torch.cuda.set_rng_state(cuda_state, index)
+
+
+@contextmanager
+def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None]:
+    """Run a forward pass from the random state `start`; then restore random state and buffers.
+
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Their devices say which random states matter.
+    start : RandomState
+        The random state that the first evaluation of this step started from.
+    """
+    after = random_state(params)
+    buffers: dict[Tensor, Tensor] = {}
+
+    def save(module: torch.nn.Module, args: Any) -> None:
+        del args
+        for buffer in module.buffers(recurse=False):
+            if buffer not in buffers:
+                buffers[buffer] = buffer.detach().clone()
+
+    handle = register_module_forward_pre_hook(save)
+    try:
+        _set_random_state(start)
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, saved in buffers.items():
+                buffer.copy_(saved)
+        _set_random_state(after)
+
+
+@contextmanager
+def moved(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Give `params` other values; afterwards they are restored bit for bit, also after an error."""
+    saved = [p.detach().clone() for p in params]
+    try:
+        assign(params, values)
+        yield
+    finally:
+        assign(params, saved)
+
+
+def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy `values` into `params` in place."""
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            p.copy_(value)

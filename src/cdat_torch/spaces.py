@@ -1,0 +1,59 @@
+"""The inner-product space of lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which scalars are kept on `device`: float64 where it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class TensorListSpace:
+    """Lists of tensors, such as the parameters of a model, with the Euclidean inner product.
+
+    Inner products accumulate in float64 (float32 on devices without it) and live on the device of
+    the first tensor; nothing is flattened and nothing waits for the device.
+    """
+
+    def vdot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        """Return the sum over the tensors of ``Re <x_i, y_i>`` as a 0-d tensor.
+
+        Raises
+        ------
+        ValueError
+            If the lists are empty or differ in length or shapes.
+        """
+        if not x:
+            msg = "x must hold at least one tensor, got an empty sequence"
+            raise ValueError(msg)
+        device = x[0].device
+        total = torch.zeros((), dtype=scalar_dtype(device), device=device)
+        for a, b in zip(x, y, strict=True):
+            if a.shape != b.shape:
+                msg = f"x and y must hold tensors of the same shape, got {a.shape} and {b.shape}"
+                raise ValueError(msg)
+            product = a.conj() * b if a.is_complex() else a * b
+            part = product.real if product.is_complex() else product
+            total = total + part.sum(dtype=scalar_dtype(part.device)).to(total)
+        return total
+
+    def scale(self, a: Any, x: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``a * x``, each tensor in its own dtype and device."""
+        return [t * _factor(a, t) for t in x]
+
+    def add_scale(self, x: Sequence[Tensor], a: Any, y: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``x + a * y``, each tensor in the dtype and device of x."""
+        return [s + t * _factor(a, t) for s, t in zip(x, y, strict=True)]
+
+
+def _factor(a: Any, like: Tensor) -> Any:
+    """Move a 0-d factor to the device of `like`; being 0-d, it does not change the dtype."""
+    return a.to(like.device) if isinstance(a, Tensor) else a
