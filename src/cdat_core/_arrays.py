@@ -54,9 +54,12 @@ def increment(count: Scalar, condition: Scalar) -> Scalar:
 
 
 def sqrt_nonnegative(square: Scalar) -> Scalar:
-    """Return the square root of a sum of squares, clipping what rounding left below zero."""
+    """Return the square root of a sum of squares, clipping what rounding left below zero.
+
+    NaN stays NaN.
+    """
     xp = namespace(square)
-    return xp.sqrt(xp.where(square > 0, square, xp.zeros_like(square)))
+    return xp.sqrt(xp.where(square < 0, xp.zeros_like(square), square))
 
 
 def safe_reciprocal(x: Scalar) -> Scalar:

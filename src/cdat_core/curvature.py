@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cdat_core import _validation
 from cdat_core._arrays import namespace, safe_reciprocal, sqrt_nonnegative
-from cdat_core._types import V, HessianVectorProduct, InnerProductSpace, Measurement, Scalar
+from cdat_core._types import HessianVectorProduct, InnerProductSpace, Measurement, Scalar, V
 
 
 def directional_curvature(
@@ -75,9 +75,9 @@ def finite_difference_hvp(
 ) -> HessianVectorProduct[V]:
     """Return a Hessian-vector product made of two gradients: a central difference.
 
-    ``H v`` is approximated by ``(g(w + h v) - g(w - h v)) / (2 h)``, where h is chosen for each v so
-    that the parameters move by the length ``step * max(1, |w|)``. The error is of second order in
-    that length plus the rounding of the gradients divided by it. Networks with kinks (ReLU) have
+    ``H v`` is approximated by ``(g(w + h v) - g(w - h v)) / (2 h)``, where h is chosen for each v
+    so that the parameters move by the length ``step * max(1, |w|)``. The error is of second order
+    in that length plus the rounding of the gradients divided by it. Networks with kinks (ReLU) have
     differences that see the kinks, which the Hessian does not.
 
     Parameters

@@ -6,7 +6,7 @@ from typing import Generic, NamedTuple
 
 from cdat_core import _validation
 from cdat_core._arrays import counter, safe_reciprocal, sqrt_nonnegative
-from cdat_core._types import V, HessianVectorProduct, InnerProductSpace, Scalar
+from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
 
 
 class PowerIterationState(NamedTuple, Generic[V]):

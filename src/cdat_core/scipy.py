@@ -153,7 +153,8 @@ def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optim
             problem, start, tuner_or_search, callback, maxiter, gtol if tol is None else tol
         )
         if disp:
-            print(f"{result.message} fun={result.fun:.6g} nit={result.nit} nfev={result.nfev}")  # noqa: T201
+            summary = f"fun={result.fun:.6g} nit={result.nit} nfev={result.nfev}"
+            print(result.message, summary)  # noqa: T201
         return result
 
     return method
@@ -193,7 +194,8 @@ def minimize(
     tol : float, optional
         Tolerance on the largest component of the gradient.
     callback : callable, optional
-        ``callback(xk)`` or ``callback(intermediate_result)``, as in SciPy; StopIteration ends the run.
+        ``callback(xk)`` or ``callback(intermediate_result)``, as in SciPy; StopIteration ends the
+        run.
     options : dict, optional
         See `tuned`.
 
@@ -209,8 +211,8 @@ def minimize(
     >>> from cdat_core import tuners
     >>> from cdat_core.scipy import minimize
     >>> result = minimize(
-    ...     rosen, [0.5, 0.5], tuner=tuners.cdat(1.0, 0.0), jac=rosen_der, hessp=rosen_hess_prod,
-    ...     options={"maxiter": 20_000},
+    ...     rosen, [0.5, 0.5], tuner=tuners.cdat(1.0, 0.0),
+    ...     jac=rosen_der, hessp=rosen_hess_prod, options={"maxiter": 20_000},
     ... )
     >>> result.success
     True
@@ -239,16 +241,19 @@ def _descend(
 ) -> scipy.optimize.OptimizeResult:
     space = ArraySpace()
     like = np.zeros((), dtype=x.dtype)
-    state = tuner_or_search.init(like) if isinstance(tuner_or_search, Tuner) else None
+    state: Any = tuner_or_search.init(like) if isinstance(tuner_or_search, Tuner) else None
     rate = like
     value, grad = problem.value(x), problem.grad(x)
-    nit, status = 0, 1
-    for _ in range(maxiter):
+    nit = 0
+    while True:
         if not (np.isfinite(value) and np.all(np.isfinite(grad))):
             status = 3
             break
         if np.max(np.abs(grad)) <= gtol:
             status = 0
+            break
+        if nit >= maxiter:
+            status = 1
             break
         direction = -grad
         if isinstance(tuner_or_search, Tuner):
@@ -266,9 +271,7 @@ def _descend(
             measurement = Measurement(value, space.vdot(grad, direction), None)
             trial = tuner_or_search.init(measurement, like, rate if nit else None)
             while not trial.done:
-                trial = tuner_or_search.tell(
-                    trial, problem.value(x + trial.step_size * direction)
-                )
+                trial = tuner_or_search.tell(trial, problem.value(x + trial.step_size * direction))
             if trial.failed and not trial.step_size > 0:
                 status = 2
                 break
@@ -279,9 +282,6 @@ def _descend(
         if callback is not None and _stops(callback, x, value):
             status = 99
             break
-    else:
-        if np.max(np.abs(grad)) <= gtol:
-            status = 0
     return scipy.optimize.OptimizeResult(
         x=x,
         fun=float(value),

@@ -46,7 +46,7 @@ class ArraySpace:
 
 @dataclass(frozen=True)
 class TupleSpace:
-    """Tuples of arrays, such as the weights of a network; the inner products of the parts add up."""
+    """Tuples of arrays, such as the weights of a network; inner products of the parts add up."""
 
     def vdot(self, x: tuple[Array, ...], y: tuple[Array, ...]) -> Scalar:
         """Return the sum over the parts of ``Re <x_i, y_i>`` as a 0-d array."""
@@ -62,9 +62,7 @@ class TupleSpace:
         part = ArraySpace()
         return tuple(part.scale(a, b) for b in x)
 
-    def add_scale(
-        self, x: tuple[Array, ...], a: Scalar, y: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
+    def add_scale(self, x: tuple[Array, ...], a: Scalar, y: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return ``x + a * y`` part by part."""
         part = ArraySpace()
         return tuple(part.add_scale(b, a, c) for b, c in zip(x, y, strict=True))

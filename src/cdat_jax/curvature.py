@@ -1,8 +1,8 @@
 """Slope and curvature of a JAX objective along a direction.
 
-Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges its
-primal with that of the gradient. A ``custom_vjp`` has no forward rule; there the curvature is taken
-from the jvp of the gradient.
+Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges
+its primal with that of the gradient. A ``custom_vjp`` has no forward rule; there the curvature is
+taken from the jvp of the gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def measure(
 ) -> cdat_core.Measurement:
     """Return loss, slope and curvature of `value_fn` at `params` along `direction`.
 
-    Pure and traceable; call it inside ``jax.jit``, together with the gradient if that is needed too.
+    Pure and traceable; call it inside ``jax.jit``, together with the gradient if that is needed
+    too.
 
     Parameters
     ----------
@@ -44,8 +45,8 @@ def measure(
     direction : pytree
         The update direction u, shaped like `params`; cast to the dtypes of `params`.
     curvature : str
-        "auto" is forward over forward, or the jvp of the gradient where a ``custom_vjp`` forbids the
-        former; "forward" and "hvp" demand one of the two; "finite_difference" uses two further
+        "auto" is forward over forward, or the jvp of the gradient where a ``custom_vjp`` forbids
+        the former; "forward" and "hvp" demand one of the two; "finite_difference" uses two further
         gradients.
 
     Returns
@@ -121,9 +122,7 @@ def _require_scalar(value_fn: Objective) -> Objective:
 def _tangent(params: PyTree, direction: PyTree) -> PyTree:
     def like(p: Any, u: Any) -> jax.Array:
         if jnp.shape(p) != jnp.shape(u):
-            msg = (
-                f"direction must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
-            )
+            msg = f"direction must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
             raise ValueError(msg)
         return jnp.asarray(u).astype(jnp.asarray(p).dtype)
 
@@ -144,9 +143,7 @@ def _forward_over_forward(value_fn: Objective, params: PyTree, direction: PyTree
 def _forward_over_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
     # jax.grad of a real function of complex parameters returns the conjugate of the gradient; the
     # real part of the unconjugated product is the derivative along u, and likewise for <u, H u>.
-    (value, grad), (_, product) = jax.jvp(
-        jax.value_and_grad(value_fn), (params,), (direction,)
-    )
+    (value, grad), (_, product) = jax.jvp(jax.value_and_grad(value_fn), (params,), (direction,))
     conjugate = jax.tree.map(jnp.conj, direction)
     space = TreeSpace()
     return value, space.vdot(conjugate, grad), space.vdot(conjugate, product)

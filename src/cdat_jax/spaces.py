@@ -14,11 +14,12 @@ PyTree = Any
 def scalar_dtype(tree: PyTree) -> jnp.dtype[Any]:
     """Return the dtype in which scalars about `tree` are kept: at least float32, always real."""
     dtypes = [
-        jnp.finfo(leaf.dtype).dtype
+        jnp.finfo(leaf.dtype).dtype  # type: ignore[no-untyped-call]
         for leaf in map(jnp.asarray, jax.tree.leaves(tree))
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    return jnp.result_type(jnp.float32, *dtypes)
+    dtype: jnp.dtype[Any] = jnp.result_type(jnp.float32, *dtypes)
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class TreeSpace:
         if not products:
             msg = f"x must be a pytree with at least one array, got {x!r}"
             raise ValueError(msg)
-        return sum(products[1:], start=products[0])
+        total: jax.Array = sum(products[1:], start=products[0])
+        return total
 
     def scale(self, a: Any, x: PyTree) -> PyTree:
         """Return ``a * x``, each leaf in its own dtype."""
@@ -66,5 +68,6 @@ def _leaf_vdot(x: Any, y: Any) -> jax.Array:
 
 def _times(a: Any, leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    # Multiply in the wider dtype: a float32 factor rounded to bfloat16 first would be wrong by 0.4 %.
-    return (jnp.asarray(a, dtype=scalar_dtype(leaf)) * leaf).astype(leaf.dtype)
+    # In the wider dtype: a factor rounded to bfloat16 first would be wrong by up to 0.4 %.
+    product: jax.Array = jnp.asarray(a, dtype=scalar_dtype(leaf)) * leaf
+    return product.astype(leaf.dtype)

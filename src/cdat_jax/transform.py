@@ -78,8 +78,8 @@ def scale_by_tuner(
         )
 
     `value` and `grad` are the loss and its raw gradient at `params`; `value_fn` is the same loss on
-    the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments that
-    it names (all of them if it accepts ``**kwargs``).
+    the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments
+    that it names (all of them if it accepts ``**kwargs``).
 
     If value, gradient or curvature is not finite the updates are zero, the tuner's averages stay,
     and ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
@@ -174,7 +174,7 @@ def scale_by_tuner(
 
         return jax.tree.map(scaled, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_cdat(
@@ -219,7 +219,7 @@ def scale_by_cdat(
 
 
 def _bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
-    """Fix those of the extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
+    """Fix those extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
     parameters = inspect.signature(value_fn).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken = extra_args
@@ -234,7 +234,7 @@ Decide = Callable[..., Decision]
 
 
 def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
-    """Return the function that asks a tuner for the rate; `every` saves measurements of curvature."""
+    """Return the function that asks a tuner for the rate, measuring every so many steps."""
     measures = "curvature" in tuner.needs
     if "sharpness" in tuner.needs:
         msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
@@ -251,8 +251,8 @@ def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
         def refresh() -> tuple[jax.Array, Any, jax.Array | None]:
             second = None
             if measures:
-                second = measure(objective, params, direction, curvature=curvature).curvature
-                second = second.astype(slope.dtype)
+                model = measure(objective, params, direction, curvature=curvature)
+                second = jnp.asarray(model.curvature, dtype=slope.dtype)
             rate, tuner_state = tuner.update(Measurement(value, slope, second), state.tuner_state)
             return rate, tuner_state, second
 

@@ -48,8 +48,8 @@ def cdat(
     """Wrap a base transformation with the CDAT learning rate.
 
     Equal to ``optax.chain(base, scale_by_cdat(...))`` with two additions: a step that is skipped
-    because something was not finite leaves the state of `base` unchanged as well, and the tuned rate
-    can be multiplied by a factor or schedule. Call ``update`` as for `scale_by_tuner`.
+    because something was not finite leaves the state of `base` unchanged as well, and the tuned
+    rate can be multiplied by a factor or schedule. Call ``update`` as for `scale_by_tuner`.
 
     Parameters
     ----------
@@ -105,4 +105,4 @@ def cdat(
         scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), scaled)
         return scaled, CDATState(base_state, tuner, state.step + ~skip)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)

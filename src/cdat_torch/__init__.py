@@ -6,8 +6,9 @@ except ImportError as error:
     msg = f'cdat_torch needs PyTorch ({error}); install it with: pip install "cdat[torch]"'
     raise ImportError(msg) from error
 
+from cdat_torch.cdat import CDAT
 from cdat_torch.curvature import hvp, measure
-from cdat_torch.optimizer import CDAT, StepInfo, TunedOptimizer
+from cdat_torch.optimizer import StepInfo, TunedOptimizer
 from cdat_torch.spaces import TensorListSpace
 
 __all__ = ["CDAT", "StepInfo", "TensorListSpace", "TunedOptimizer", "hvp", "measure"]

@@ -58,7 +58,9 @@ def split(
     expected = None if tuner_state is None else set(tuner_state._fields)
     found = None if tuner.state is None else set(tuner.state)
     if expected != found:
-        msg = f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
+        msg = (
+            f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
+        )
         raise ValueError(msg)
     return {**state_dict, "param_groups": saved_groups}, tuner
 

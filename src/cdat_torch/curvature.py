@@ -2,8 +2,8 @@
 
 The exact way is double backward: the gradient is taken with ``create_graph=True`` on the graph the
 loss has just built, and the product with the Hessian is one more reverse pass through it. Nested
-forward-mode differentiation is never used: in PyTorch it silently drops terms in normalisation layers
-(pytorch/pytorch issues 196699, 196700, 198017).
+forward-mode differentiation is never used: in PyTorch it silently drops terms in normalisation
+layers (pytorch/pytorch issues 196699, 196700, 198017).
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def hvp(
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
         v = list(v)
         _check_direction(params, v)
-        pairs = [
-            (g, x) for g, x in zip(grads, v, strict=True) if g is not None and g.requires_grad
-        ]
+        pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None and g.requires_grad]
         return _vector_jacobian(pairs, params, retain_graph=True)
 
     return product
@@ -264,7 +262,7 @@ def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> N
 
 def _step(params: Sequence[Tensor]) -> float:
     """Return the relative displacement that balances truncation and rounding of the gradients."""
-    return float(max(torch.finfo(p.dtype).eps for p in params)) ** (1 / 3)
+    return float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,14 +1,16 @@
 """The update direction of any ``torch.optim`` optimizer: its step at learning rate 1.
 
 The base optimizer steps on stand-ins of the parameters, so neither the parameters nor the autograd
-graph that refers to them is touched. For optimizers whose step does not depend on the parameters the
-stand-ins are zero, and after the step they *are* the direction, without the rounding of a difference.
-For all others they start as copies, and the direction is what the step changed.
+graph that refers to them is touched. For optimizers whose step does not depend on the parameters
+the stand-ins are zero, and after the step they *are* the direction, without the rounding of a
+difference. For all others they start as copies, and the direction is what the step changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,52 +31,34 @@ _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
 
 
 def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    """Advance the state of `base` by one step and return the step it would take at learning rate 1.
+    """Advance the state of `base` by one step and return the step it takes at learning rate 1.
 
     Parameters
     ----------
     base : torch.optim.Optimizer
         Its averages move on; its parameters do not.
     params : sequence of Tensor
-        The parameters that have a gradient, in the order of the groups.
+        The parameters to step on; each has its gradient in ``p.grad``.
 
     Returns
     -------
     list of Tensor
         The direction u for each of `params`, weight decay included.
+
+    Raises
+    ------
+    TypeError
+        If `base` moved the parameters themselves: it keeps references of its own to them.
     """
     exact = type(base) in _INDEPENDENT_OF_PARAMS
-    grads = {p: p.grad for p in params}
     stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
-    decoupled: list[tuple[Tensor, Tensor, float]] = []
-    real_params = [group["params"] for group in base.param_groups]
-    real_lr = [group["lr"] for group in base.param_groups]
+    for group in base.param_groups:
+        for p in group["params"]:
+            if p in stand_ins:
+                stand_ins[p].grad = _gradient_with_decay(base, group, p) if exact else p.grad
     versions = [p._version for p in params]
-    try:
-        for group in base.param_groups:
-            decay = float(group.get("weight_decay", 0.0)) if exact else 0.0
-            sign = -1.0 if group.get("maximize", False) else 1.0
-            for p in [p for p in group["params"] if p in stand_ins]:
-                grad, stand_in = grads[p], stand_ins[p]
-                assert grad is not None
-                if decay and not _decouples(base, group):
-                    grad = torch.add(grad, p.detach(), alpha=sign * decay)
-                elif decay:
-                    decoupled.append((stand_in, p, decay))
-                stand_in.grad = grad
-            group["params"] = [stand_ins[p] for p in group["params"] if p in stand_ins]
-            group["lr"] = 1.0
-        for p, stand_in in stand_ins.items():
-            if p in base.state:
-                base.state[stand_in] = base.state.pop(p)
+    with _stepping_on(base, stand_ins):
         base.step()
-    finally:
-        for group, group_params, lr in zip(base.param_groups, real_params, real_lr, strict=True):
-            group["params"], group["lr"] = group_params, lr
-        for p, stand_in in stand_ins.items():
-            if stand_in in base.state:
-                base.state[p] = base.state.pop(stand_in)
-            stand_in.grad = None
     if [p._version for p in params] != versions:
         msg = (
             f"base {type(base).__name__} keeps its own references to the parameters and stepped on "
@@ -82,14 +66,47 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
         )
         raise TypeError(msg)
     with torch.no_grad():
-        for stand_in, p, decay in decoupled:
-            stand_in.add_(p, alpha=-decay)
-        if not exact:
-            for p, stand_in in stand_ins.items():
-                stand_in.sub_(p)
+        for group in base.param_groups:
+            for p in group["params"]:
+                if p in stand_ins and not exact:
+                    stand_ins[p].sub_(p)
+                elif p in stand_ins and _decouples_decay(base, group):
+                    stand_ins[p].add_(p, alpha=-group["weight_decay"])
+    for stand_in in stand_ins.values():
+        stand_in.grad = None
     return [stand_ins[p] for p in params]
 
 
-def _decouples(base: Optimizer, group: dict[str, object]) -> bool:
-    """Return whether weight decay acts on the parameters directly instead of on the gradient."""
-    return isinstance(base, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
+@contextmanager
+def _stepping_on(base: Optimizer, stand_ins: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Let `base` find stand-ins, with the state of the originals, at learning rate 1."""
+    originals = [(group["params"], group["lr"]) for group in base.param_groups]
+    _rename_state(base, stand_ins)
+    try:
+        for group in base.param_groups:
+            group["params"] = [stand_ins[p] for p in group["params"] if p in stand_ins]
+            group["lr"] = 1.0
+        yield
+    finally:
+        for group, (params, lr) in zip(base.param_groups, originals, strict=True):
+            group["params"], group["lr"] = params, lr
+        _rename_state(base, {stand_in: p for p, stand_in in stand_ins.items()})
+
+
+def _rename_state(base: Optimizer, names: dict[Tensor, Tensor]) -> None:
+    for old, new in names.items():
+        if old in base.state:
+            base.state[new] = base.state.pop(old)
+
+
+def _decouples_decay(base: Optimizer, group: dict[str, Any]) -> bool:
+    """Return whether weight decay acts on the parameters themselves, not through the gradient."""
+    return isinstance(base, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+def _gradient_with_decay(base: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
+    """Return the gradient plus the coupled decay, which the optimizer cannot see in a zero."""
+    decay = group.get("weight_decay", 0.0)
+    if p.grad is None or not decay or _decouples_decay(base, group):
+        return p.grad
+    return torch.add(p.grad, p.detach(), alpha=-decay if group.get("maximize") else decay)

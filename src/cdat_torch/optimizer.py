@@ -1,32 +1,42 @@
 """Wrapping any ``torch.optim`` optimizer with a tuned learning rate.
 
 One step: the closure gives the loss, the base optimizer the direction u, `cdat_torch.curvature` the
-measurement along it, the core tuner the rate, and the parameters move by rate times multiplier times u.
+measurement along it, the core tuner the rate, and the parameters move by rate times multiplier
+times u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import Measurement, _validation, tuners
+from cdat_core import Measurement, _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint
+from cdat_torch.closure import all_finite, evaluate_closure
 from cdat_torch.curvature import (
     LossFn,
     check_method,
     check_scalar,
     directional_curvature,
-    evaluate,
     gradients,
 )
 from cdat_torch.direction import base_direction
-from cdat_torch.reevaluation import RandomState, assign, random_state, without_trace
+from cdat_torch.groups import (
+    adopt,
+    check_base,
+    check_params,
+    move,
+    multiplier,
+    scale_in_place,
+    weights_and_factors,
+)
+from cdat_torch.reevaluation import RandomState, moved, random_state, without_trace
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
 
@@ -62,8 +72,8 @@ class TunedOptimizer(Optimizer):
     On wrapping, ``group["lr"]`` becomes a multiplier: the group's learning rate over the default of
     the base, so 1.0 unless groups differ. Learning-rate schedulers attach to the wrapper and drive
     that multiplier. The tuned rate, before the multiplier, is ``group["tuned_lr"]``. The measured
-    direction weighs the groups by their multipliers at wrapping; what a scheduler does to them later
-    is applied after tuning.
+    direction weighs the groups by their multipliers at wrapping; what a scheduler does to them
+    later is applied after tuning.
 
     If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
     averages of the tuner stay, and the count in `last` grows. That test reads one number from the
@@ -75,8 +85,8 @@ class TunedOptimizer(Optimizer):
     base : torch.optim.Optimizer
         The optimizer that gives the direction. It must not have a scheduler yet.
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
-        The rule for the rate. A line search evaluates the closure again for each trial, with the same
-        random numbers and without moving buffers such as BatchNorm's running statistics.
+        The rule for the rate. A line search evaluates the closure again for each trial, with the
+        same random numbers and without moving buffers such as BatchNorm's running statistics.
     curvature : str
         How the curvature is computed; see `cdat_torch.measure`.
     every : int
@@ -115,7 +125,7 @@ class TunedOptimizer(Optimizer):
         curvature: str = "auto",
         every: int = 1,
     ) -> None:
-        _check_base(base)
+        check_base(base)
         if not isinstance(tuner_or_search, Tuner | LineSearch):
             msg = (
                 "tuner_or_search must be a cdat_core Tuner or LineSearch, "
@@ -129,7 +139,9 @@ class TunedOptimizer(Optimizer):
         self._every = _validation.count("every", every)
         self._method = curvature
         self._rule = tuner_or_search
-        multipliers = [_multiplier(group, base.defaults) for group in base.param_groups]
+        self._is_tuner = isinstance(tuner_or_search, Tuner)
+        self._needs_curvature = "curvature" in tuner_or_search.needs
+        multipliers = [multiplier(group, base.defaults) for group in base.param_groups]
         # Nothing was changed up to here. Optimizer.__init__ would replace groups and state, which
         # this wrapper shares with its base; __setstate__ sets up the hooks alone.
         self.base = base
@@ -140,14 +152,14 @@ class TunedOptimizer(Optimizer):
         self._rate = zero
         self._skipped = torch.zeros((), dtype=torch.int32, device=first.device)
         self._until_refresh = 0
-        self._tuner_state = tuner_or_search.init(zero) if self._is_tuner else None
+        self._tuner_state: Any = self._cold_state()
         self.last: StepInfo | None = None
-        for group, multiplier in zip(base.param_groups, multipliers, strict=True):
-            _adopt(group, multiplier, zero)
+        for group, weight in zip(base.param_groups, multipliers, strict=True):
+            adopt(group, weight, zero)
 
-    @property
-    def _is_tuner(self) -> bool:
-        return isinstance(self._rule, Tuner)
+    def _cold_state(self) -> Any:
+        """Return the state of a tuner that has seen nothing; None for a line search."""
+        return self._rule.init(torch.zeros_like(self._rate)) if self._is_tuner else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -171,10 +183,10 @@ class TunedOptimizer(Optimizer):
         param_group : dict
             As for every ``torch.optim`` optimizer.
         """
-        multiplier = _validation.nonnegative("lr", param_group.get("lr", 1.0))
-        _check_params(param_group["params"])
-        self.base.add_param_group({**param_group, "lr": multiplier})
-        _adopt(self.base.param_groups[-1], multiplier, self._rate)
+        weight = _validation.nonnegative("lr", param_group.get("lr", 1.0))
+        check_params(param_group["params"])
+        self.base.add_param_group({**param_group, "lr": weight})
+        adopt(self.base.param_groups[-1], weight, self._rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of base and tuner; the tuner's scalars are Python numbers.
@@ -208,8 +220,7 @@ class TunedOptimizer(Optimizer):
         self.base.load_state_dict(saved)
         if tuner is None:
             tuner = checkpoint.SavedTuner(None, 0, 0)
-            cold = self._rule.init(torch.zeros_like(self._rate)) if self._is_tuner else None
-            self._tuner_state = cold
+            self._tuner_state = self._cold_state()
         elif self._tuner_state is not None:
             self._tuner_state = checkpoint.restore(tuner.state, self._tuner_state)
         self._until_refresh = tuner.until_refresh
@@ -240,268 +251,124 @@ class TunedOptimizer(Optimizer):
         ValueError
             If the loss is not a scalar or does not depend on the parameters.
         """
-        if not callable(closure):
-            msg = f"closure must be a function that returns the loss, got {closure!r}"
-            raise TypeError(msg)
-        start = random_state(self._trainable())
-        measures = "curvature" in self._rule.needs and self._until_refresh == 0
-        create_graph = measures and self._method != "finite_difference"
-        loss = self._evaluate(closure, create_graph)
-        grads = self._set_gradients(loss, create_graph)
-        value = loss.detach().to(self._rate)
-        if not _all_finite(value, grads):
-            self._skip(value)
-            return loss.detach()
-        self._tune_and_move(closure, value, grads, start, measures)
-        return loss.detach()
-
-    def _trainable(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _evaluate(self, closure: LossFn, create_graph: bool) -> Tensor:
-        """Call the closure and refuse a loss whose graph backward has already consumed."""
-        params = self._trainable()
-        before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
-        loss = evaluate(
-            _refusing_backward(closure, params, before),
-            "closure",
-            differentiated_twice=create_graph,
-        )
-        return loss
-
-    def _set_gradients(self, loss: Tensor, create_graph: bool) -> list[Tensor]:
-        """Set ``p.grad`` and return the gradients, with their graph if it was asked for."""
-        params = self._trainable()
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        start = random_state(params)
+        measures = self._needs_curvature and self._until_refresh == 0
+        twice = measures and self._method != "finite_difference"
+        loss = evaluate_closure(closure, params, differentiated_twice=twice)
         with torch.enable_grad():
-            grads = gradients(loss, params, create_graph=create_graph)
+            grads = gradients(loss, params, create_graph=twice)
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.detach()
-        return [g for g in grads if g is not None]
 
-    def _skip(self, value: Tensor) -> None:
-        self._skipped = self._skipped + 1
-        self._until_refresh = 0
-        self._set_rate(torch.zeros_like(self._rate))
-        self.last = StepInfo(value, None, None, self._rate, self._skipped)
+        point = _Point(
+            closure=cast(LossFn, closure),
+            start=start,
+            value=loss.detach().to(self._rate),
+            params=[p for p, g in zip(params, grads, strict=True) if g is not None],
+            grads=[g for g in grads if g is not None],
+        )
+        if not all_finite(point.value, point.grads):
+            self._until_refresh = 0
+            self._conclude(point.value, None, None, torch.zeros_like(self._rate), skip=True)
+            return loss.detach()
 
-    def _set_rate(self, rate: Tensor) -> None:
+        direction = base_direction(self.base, point.params)
+        weights, factors = weights_and_factors(self.param_groups, point.params)
+        scale_in_place(direction, weights)
+        if isinstance(self._rule, LineSearch):
+            scale_in_place(direction, factors)  # a search looks along the step that is really taken
+            rate, skip = self._search(point, direction)
+        else:
+            rate, skip = self._tune(point, direction, measures)
+            scale_in_place(direction, factors)
+        move(point.params, direction, rate, skip=skip)
+        return loss.detach()
+
+    def _tune(
+        self, point: _Point, direction: list[Tensor], measures: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Measure along the direction and ask the tuner; between measurements the rate holds."""
+        assert isinstance(self._rule, Tuner)
+        slope = point.slope(direction)
+        if self._needs_curvature and not measures:
+            self._until_refresh -= 1
+            skip = ~torch.isfinite(slope)
+            rate = torch.where(skip, torch.zeros_like(self._rate), self._rate)
+            self._conclude(point.value, slope, None, rate, skip=skip)
+            return rate, skip
+
+        curvature = self._curvature(point, direction) if measures else None
+        already_skipped = self._tuner_state.skipped
+        rate, self._tuner_state = self._rule.update(
+            Measurement(point.value, slope, curvature), self._tuner_state
+        )
+        skip = self._tuner_state.skipped > already_skipped
+        if measures and self._every > 1:  # a skip loses the rate to hold: measure again at once
+            self._until_refresh = 0 if bool(skip) else self._every - 1
+        self._conclude(point.value, slope, curvature, rate, skip=skip)
+        return rate, skip
+
+    def _curvature(self, point: _Point, direction: list[Tensor]) -> Tensor:
+        with torch.enable_grad():
+            curvature, used = directional_curvature(
+                point.closure,
+                point.grads,
+                point.params,
+                direction,
+                method=self._method,
+                start=point.start,
+            )
+        if used == "finite_difference":
+            self._method = used  # what failed once is not tried again in each step
+        return curvature
+
+    def _search(self, point: _Point, direction: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Try steps along the direction until the line search is done."""
+        assert isinstance(self._rule, LineSearch)
+        space, slope = TensorListSpace(), point.slope(direction)
+        here = [p.detach().clone() for p in point.params]
+        trial = self._rule.init(Measurement(point.value, slope, None), self._rate, self._rate)
+        while not bool(trial.done):
+            there = space.add_scale(here, trial.step_size, direction)
+            with moved(point.params, there), without_trace(point.params, point.start):
+                loss = point.closure()
+            check_scalar(loss, "closure")
+            trial = self._rule.tell(trial, loss.detach().to(self._rate))
+        skip = ~torch.isfinite(slope)
+        self._conclude(point.value, slope, None, trial.step_size, skip=skip)
+        return trial.step_size, skip
+
+    def _conclude(
+        self,
+        value: Tensor,
+        slope: Tensor | None,
+        curvature: Tensor | None,
+        rate: Tensor,
+        *,
+        skip: Tensor | bool,
+    ) -> None:
+        """Record what the step measured and decided."""
         self._rate = rate
+        self._skipped = self._skipped + skip
         for group in self.param_groups:
             group["tuned_lr"] = rate
-
-    def _tune_and_move(
-        self,
-        closure: LossFn,
-        value: Tensor,
-        grads: list[Tensor],
-        start: RandomState,
-        measures: bool,
-    ) -> None:
-        space = TensorListSpace()
-        params = [p for p in self._trainable() if p.grad is not None]
-        direction = base_direction(self.base, params)
-        weights = self._per_param(params, "direction_weight")
-        _scale_in_place(direction, weights)
-        slope = space.vdot([p.grad for p in params if p.grad is not None], direction)
-        second = None
-        if measures:
-            with torch.enable_grad():
-                second, self._method_used = directional_curvature(
-                    closure, grads, params, direction, method=self._method, start=start
-                )
-            if self._method == "auto" and self._method_used == "finite_difference":
-                self._method = "finite_difference"  # no second graph in vain from now on
-        measurement = Measurement(value, slope, second)
-        factors = [
-            lr / weight if weight else 0.0
-            for lr, weight in zip(self._per_param(params, "lr"), weights, strict=True)
-        ]
-        if isinstance(self._rule, LineSearch):
-            self._search(closure, measurement, params, direction, factors, start)
-            return
-        if measures or "curvature" not in self._rule.needs:
-            skipped = self._tuner_state.skipped
-            rate, self._tuner_state = self._rule.update(measurement, self._tuner_state)
-            newly_skipped = self._tuner_state.skipped - skipped
-            self._until_refresh = self._every - 1 if measures else 0
-            if self._until_refresh and bool(newly_skipped):
-                self._until_refresh = 0  # the held rate was lost: measure at once
-        else:
-            usable = torch.isfinite(slope)
-            rate = torch.where(usable, self._rate, torch.zeros_like(self._rate))
-            newly_skipped = (~usable).to(torch.int32)
-            self._until_refresh -= 1
-        self._skipped = self._skipped + newly_skipped
-        self._set_rate(rate)
-        self.last = StepInfo(value, slope, second, rate, self._skipped)
-        _move(params, direction, rate, factors, skip=newly_skipped > 0)
-
-    def _search(
-        self,
-        closure: LossFn,
-        measurement: Measurement,
-        params: list[Tensor],
-        direction: list[Tensor],
-        factors: list[float],
-        start: RandomState,
-    ) -> None:
-        """Run the line search along the direction that is really taken, multipliers included."""
-        assert isinstance(self._rule, LineSearch)
-        _scale_in_place(direction, factors)
-        space = TensorListSpace()
-        slope = space.vdot([p.grad for p in params if p.grad is not None], direction)
-        here = [p.detach().clone() for p in params]
-        trial = self._rule.init(measurement._replace(slope=slope), self._rate, self._rate)
-        try:
-            while not bool(trial.done):
-                assign(params, space.add_scale(here, trial.step_size, direction))
-                with without_trace(params, start):
-                    loss = closure()
-                check_scalar(loss, "closure")
-                trial = self._rule.tell(trial, loss.detach().to(self._rate))
-        finally:
-            assign(params, here)
-        unusable = ~torch.isfinite(slope)
-        self._skipped = self._skipped + unusable.to(torch.int32)
-        self._set_rate(trial.step_size)
-        self.last = StepInfo(measurement.value, slope, None, trial.step_size, self._skipped)
-        _move(params, direction, trial.step_size, [1.0] * len(params), skip=unusable)
-
-    def _per_param(self, params: list[Tensor], key: str) -> list[float]:
-        by_param = {p: float(group[key]) for group in self.param_groups for p in group["params"]}
-        return [by_param[p] for p in params]
+        self.last = StepInfo(value, slope, curvature, rate, self._skipped)
 
 
-class CDAT(TunedOptimizer):
-    """Any ``torch.optim`` optimizer at the CDAT learning rate (arXiv:2407.06183).
+class _Point(NamedTuple):
+    """The loss and its gradient at the present parameters.
 
-    `TunedOptimizer` with `cdat_core.tuners.cdat`.
-
-    Parameters
-    ----------
-    base : torch.optim.Optimizer
-        The optimizer that gives the direction.
-    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
-        See `cdat_core.tuners.cdat`.
-    curvature, every
-        See `TunedOptimizer`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cdat_torch import CDAT
-    >>> model = torch.nn.Linear(3, 1)
-    >>> optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.9)
-    >>> loss = optimizer.step(lambda: (model(torch.ones(4, 3)) - 1.0).square().mean())
+    `params` and `grads` hold the parameters that the loss depends on; the gradients carry their
+    graph if the curvature is to be measured exactly. `start` is the random state from which the
+    closure was evaluated.
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        sigma: Any = 2.0,
-        decay: Any = 0.9,
-        eps: Any = 0.0,
-        *,
-        initial_learning_rate: Any = None,
-        max_growth: Any = None,
-        max_learning_rate: Any = None,
-        curvature: str = "auto",
-        every: int = 1,
-    ) -> None:
-        tuner = tuners.cdat(
-            sigma,
-            decay,
-            eps,
-            initial_learning_rate=initial_learning_rate,
-            max_growth=max_growth,
-            max_learning_rate=max_learning_rate,
-        )
-        super().__init__(base, tuner, curvature=curvature, every=every)
+    closure: LossFn
+    start: RandomState
+    value: Tensor
+    params: list[Tensor]
+    grads: list[Tensor]
 
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        msg = f"base must be a torch.optim.Optimizer, got {base!r}"
-        raise TypeError(msg)
-    if isinstance(base, torch.optim.LBFGS | TunedOptimizer):
-        msg = f"base must not choose step lengths itself, got {type(base).__name__}"
-        raise TypeError(msg)
-    if hasattr(base.step, "_wrapped_by_lr_sched"):
-        msg = (
-            f"base {type(base).__name__} already has a learning-rate scheduler; wrap the optimizer "
-            "first and attach the scheduler to the wrapper"
-        )
-        raise ValueError(msg)
-    for group in base.param_groups:
-        _check_params(group["params"])
-
-
-def _check_params(params: Any) -> None:
-    for p in [params] if isinstance(params, Tensor) else params:
-        tensor = p[1] if isinstance(p, tuple) else p
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
-            msg = f"params must be real floating tensors, got one of {tensor.dtype}"
-            raise ValueError(msg)
-
-
-def _multiplier(group: dict[str, Any], defaults: dict[str, Any]) -> float:
-    """Return the group's learning rate over the default of the base."""
-    lr, default = float(group["lr"]), float(defaults["lr"])
-    if lr == default:
-        return 1.0
-    if not default > 0:
-        msg = f"base must have a default lr > 0 when groups differ, got {default} (group: {lr})"
-        raise ValueError(msg)
-    return lr / default
-
-
-def _adopt(group: dict[str, Any], multiplier: float, rate: Tensor) -> None:
-    group["lr"] = group["direction_weight"] = multiplier
-    group["tuned_lr"] = rate
-
-
-def _refusing_backward(
-    closure: LossFn, params: list[Tensor], before: list[tuple[Tensor | None, int | None]]
-) -> LossFn:
-    """Wrap the closure so that a call of backward inside it is an error."""
-
-    def checked() -> Tensor:
-        loss = closure()
-        for p, (grad, version) in zip(params, before, strict=True):
-            changed = p.grad is not None and (p.grad is not grad or p.grad._version != version)
-            if changed and p.grad is not None and bool(torch.any(p.grad != 0)):
-                msg = (
-                    "closure must return the loss without calling backward, but it changed p.grad; "
-                    "remove loss.backward() and write `return loss`: the optimizer differentiates it"
-                )
-                raise TypeError(msg)
-        return loss
-
-    return checked
-
-
-def _all_finite(value: Tensor, grads: list[Tensor]) -> bool:
-    """Return whether loss and gradients are finite: the one number a step reads from the device."""
-    largest = torch._foreach_norm([g.detach() for g in grads], torch.inf)
-    finite = [torch.isfinite(norm).to(value.device) for norm in largest]
-    return bool(torch.stack([torch.isfinite(value), *finite]).all())
-
-
-def _scale_in_place(tensors: list[Tensor], factors: list[float]) -> None:
-    if any(factor != 1.0 for factor in factors):
-        torch._foreach_mul_(tensors, factors)
-
-
-def _move(
-    params: list[Tensor],
-    direction: list[Tensor],
-    rate: Tensor,
-    factors: list[float],
-    *,
-    skip: Tensor,
-) -> None:
-    """Add ``rate * factor * u`` to the parameters, or nothing at all if `skip` holds."""
-    _scale_in_place(direction, factors)
-    for p, u in zip(params, direction, strict=True):
-        u.mul_(rate.to(u.device)).masked_fill_(skip.to(u.device), 0.0)
-    torch._foreach_add_(params, direction)
+    def slope(self, direction: list[Tensor]) -> Tensor:
+        return TensorListSpace().vdot([g.detach() for g in self.grads], direction)

@@ -1,8 +1,8 @@
 """Evaluating the user's loss again, at other parameters, without a trace.
 
-Trial values of a line search and finite differences call the loss several times a step. Each further
-call must see the same dropout masks and must not move the running statistics of normalisation layers
-or the random state that the next step starts from.
+Trial values of a line search and finite differences call the loss several times a step. Each
+further call must see the same dropout masks and must not move the running statistics of
+normalisation layers or the random state that the next step starts from.
 """
 
 from __future__ import annotations

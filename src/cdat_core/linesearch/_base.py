@@ -48,8 +48,8 @@ class LineSearch(NamedTuple):
         array that fixes namespace, dtype and device; `previous_step_size` is the step accepted at
         the last training step, from which the first guess grows.
     tell : callable
-        ``tell(state, value, slope=None) -> state``: the loss (and, where the search asks for it, the
-        slope) at the trial. A state that is done is returned unchanged.
+        ``tell(state, value, slope=None) -> state``: the loss (and, where the search asks for it,
+        the slope) at the trial. A state that is done is returned unchanged.
     needs : frozenset of str
         The fields of `Measurement` that `init` reads.
     """
@@ -57,5 +57,3 @@ class LineSearch(NamedTuple):
     init: Callable[..., Any]
     tell: Callable[..., Any]
     needs: frozenset[str]
-
-

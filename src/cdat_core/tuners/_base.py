@@ -1,9 +1,10 @@
-"""What every tuner shares: its shape, the skip of non-finite measurements, the guards on the rate."""
+"""What tuners share: their shape, the skip of non-finite measurements, guards on the rate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast as typing_cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import cast as typing_cast
 
 from cdat_core import _validation
 from cdat_core._arrays import cast, filled, increment, namespace, require_floating
@@ -65,7 +66,8 @@ def from_rule(
     init : callable
         ``like -> state``, a NamedTuple of scalars with the fields ``rate`` and ``skipped``.
     rule : callable
-        ``(measurement, state) -> (learning_rate, state)``. It need not touch ``rate`` and ``skipped``.
+        ``(measurement, state) -> (learning_rate, state)``. It need not touch ``rate`` and
+        ``skipped``.
     needs : iterable of str
         Names of the `Measurement` fields the rule reads.
 
@@ -89,14 +91,16 @@ def from_rule(
             msg = f"this tuner needs Measurement.{missing[0]}, got None; see Tuner.needs"
             raise ValueError(msg)
         xp = namespace(state.rate)
+        # The cast comes first: what overflows the dtype of the state is not finite there.
+        fields = [None if field is None else cast(field, state.rate) for field in measurement]
         usable = xp.isfinite(state.rate)
-        for field in measurement:
+        for field in fields:
             if field is not None:
                 usable = usable & xp.isfinite(field)
         clean = Measurement(
             *(
-                None if field is None else cast(xp.where(usable, field, 0 * state.rate), state.rate)
-                for field in measurement
+                None if field is None else xp.where(usable, field, xp.zeros_like(state.rate))
+                for field in fields
             )
         )
         rate, proposed = rule(clean, state)
@@ -153,9 +157,7 @@ class Guards(NamedTuple):
         return proposal
 
 
-def checked_guards(
-    initial_learning_rate: Any, max_growth: Any, max_learning_rate: Any
-) -> Guards:
+def checked_guards(initial_learning_rate: Any, max_growth: Any, max_learning_rate: Any) -> Guards:
     """Return validated `Guards`."""
     return Guards(
         None
@@ -166,5 +168,3 @@ def checked_guards(
         if max_learning_rate is None
         else _validation.positive("max_learning_rate", max_learning_rate),
     )
-
-

@@ -76,7 +76,7 @@ def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[ScheduledState]:
 
 
 def constant(learning_rate: Any) -> Tuner[ScheduledState]:
-    """Always return the same rate.
+    """Return the same rate always.
 
     Parameters
     ----------
@@ -103,4 +103,4 @@ def constant(learning_rate: Any) -> Tuner[ScheduledState]:
     0.1
     """
     learning_rate = _validation.nonnegative("learning_rate", learning_rate)
-    return scheduled(lambda step: learning_rate)
+    return scheduled(lambda _: learning_rate)

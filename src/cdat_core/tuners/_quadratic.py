@@ -46,9 +46,10 @@ def cdat(
     """Curvature Dynamics Aware Tuning: ``eta = sigma * n / (d + eps)``.
 
     n is the moving average of ``max(-slope, 0)`` and d that of ``|curvature|``. With sigma = 1 the
-    rate minimises the (averaged) quadratic model, with sigma = 2 it sits on the edge where the model
-    returns to the present loss. The method is from [1]_; start rate, growth cap, upper bound, the
-    skip of non-finite measurements and the hold at zero curvature are additions of this library.
+    rate minimises the (averaged) quadratic model, with sigma = 2 it sits on the edge where the
+    model returns to the present loss. The method is from [1]_; start rate, growth cap, upper bound,
+    the skip of non-finite measurements and the hold at zero curvature are additions of this
+    library.
 
     A measurement of zero curvature says nothing about the rate: the averages stay and the last rate
     holds (0 before the first rate, unless `initial_learning_rate` is given). If the averaged slope
@@ -109,7 +110,8 @@ def cdat(
         xp = namespace(state.rate)
         beta, offset = cast(decay, state.rate), cast(eps, state.rate)
         zero = xp.zeros_like(state.rate)
-        slope, magnitude = measurement.slope, xp.abs(measurement.curvature)
+        slope: Scalar = measurement.slope
+        magnitude = xp.abs(measurement.curvature)
         descent = xp.where(slope < 0, -slope, zero)
         numerator = beta * state.numerator + (1 - beta) * descent
         denominator = beta * state.denominator + (1 - beta) * magnitude
@@ -187,7 +189,7 @@ def on_edge(
     max_growth: Any = None,
     max_learning_rate: Any = None,
 ) -> Tuner[CDATState]:
-    """Step to where the quadratic model returns to the present loss: ``eta = -2 slope / |curvature|``.
+    """Step to where the quadratic model equals the present loss: ``eta = -2 slope / |curvature|``.
 
     Twice the greedy rate (arXiv:2407.06183): `cdat` with sigma = 2 and, by default, no averaging.
 

@@ -1,0 +1,125 @@
+"""The only door: ``nox`` runs every default check, ``nox -s demo`` the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+# uv resolves torch to the builds with CUDA; pip honours the local index and cache.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+SINGLE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+def install(session: nox.Session, package: str, *groups: str) -> None:
+    """Install the package with its extras and the dependency groups, at the tested versions."""
+    requirements = nox.project.dependency_groups(PYPROJECT, *groups) if groups else ()
+    session.install("--constraint", "constraints.txt", "--editable", package, *requirements)
+
+
+def pytest(session: nox.Session, *folders: str, workers: int = 2) -> None:
+    arguments = session.posargs or folders
+    session.run("pytest", f"--numprocesses={workers}", *arguments, env=SINGLE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and the rule that the core imports no framework (banned-api)."""
+    session.install(
+        "--constraint", "constraints.txt", *nox.project.dependency_groups(PYPROJECT, "lint")
+    )
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy --strict on src, all frameworks installed."""
+    install(session, ".[all]", "types")
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check the direction of imports between the packages."""
+    install(session, ".", "imports")
+    session.run("lint-imports")
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Test the core with no framework installed."""
+    install(session, ".", "test")
+    absent = (
+        "import importlib.util as u; assert not any(map(u.find_spec, ('jax', 'torch', 'optax')))"
+    )
+    session.run("python", "-c", absent)
+    pytest(session, "tests/core")
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """Test the JAX adapter, without torch."""
+    install(session, ".[jax]", "test")
+    pytest(session, "tests/jax")
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    """Test the PyTorch adapter, without JAX."""
+    install(session, ".[torch]", "test")
+    pytest(session, "tests/torch")
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Prove that all backends compute the same thing."""
+    install(session, ".[jax,torch]", "test")
+    pytest(session, "tests/parity")
+
+
+@nox.session
+def lab(session: nox.Session) -> None:
+    """Test the reproduction suite and its command line."""
+    install(session, ".[all]", "test")
+    pytest(session, "tests/lab")
+
+
+@nox.session
+def doctests(session: nox.Session) -> None:
+    """Run the examples in docstrings, the README and the docs."""
+    install(session, ".[all]", "test", "docs")
+    session.run("pytest", "--doctest-modules", "src", env=SINGLE_THREAD)
+    session.run("python", "docs/run_snippets.py", "README.md", *map(str, Path("docs").glob("*.md")))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; warnings are errors."""
+    install(session, ".[all]", "docs")
+    session.run(
+        "sphinx-build", "-n", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"
+    )
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Train a network on digits with every contender under JAX and PyTorch; write the report."""
+    install(session, ".[all]")
+    session.run("cdat", "compare", "digits", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Print the cost of a CDAT step over a plain Adam step."""
+    install(session, ".[jax,torch]")
+    session.run("python", "benchmarks/step_cost.py", *session.posargs)

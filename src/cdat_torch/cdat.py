@@ -1,0 +1,57 @@
+"""CDAT around any ``torch.optim`` optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from cdat_core import tuners
+from cdat_torch.optimizer import TunedOptimizer
+
+
+class CDAT(TunedOptimizer):
+    """Any ``torch.optim`` optimizer at the CDAT learning rate (arXiv:2407.06183).
+
+    `TunedOptimizer` with `cdat_core.tuners.cdat`.
+
+    Parameters
+    ----------
+    base : torch.optim.Optimizer
+        The optimizer that gives the direction.
+    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
+        See `cdat_core.tuners.cdat`.
+    curvature, every
+        See `TunedOptimizer`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import CDAT
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.9)
+    >>> loss = optimizer.step(lambda: (model(torch.ones(4, 3)) - 1.0).square().mean())
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        sigma: Any = 2.0,
+        decay: Any = 0.9,
+        eps: Any = 0.0,
+        *,
+        initial_learning_rate: Any = None,
+        max_growth: Any = None,
+        max_learning_rate: Any = None,
+        curvature: str = "auto",
+        every: int = 1,
+    ) -> None:
+        tuner = tuners.cdat(
+            sigma,
+            decay,
+            eps,
+            initial_learning_rate=initial_learning_rate,
+            max_growth=max_growth,
+            max_learning_rate=max_learning_rate,
+        )
+        super().__init__(base, tuner, curvature=curvature, every=every)

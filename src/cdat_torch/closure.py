@@ -1,0 +1,57 @@
+"""The closure of a step: it returns the loss and leaves the differentiation to the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdat_torch.curvature import LossFn, evaluate
+
+
+def evaluate_closure(
+    closure: Any, params: Sequence[Tensor], *, differentiated_twice: bool
+) -> Tensor:
+    """Call the closure, and refuse a loss whose graph backward has already consumed.
+
+    Raises
+    ------
+    TypeError
+        If the closure is missing, called backward, or returned something else than a tensor.
+    ValueError
+        If the loss is not a scalar or has no graph.
+    """
+    if not callable(closure):
+        msg = f"closure must be a function that returns the loss, got {closure!r}"
+        raise TypeError(msg)
+    loss_fn: LossFn = closure
+    before = [(p.grad, _version(p.grad)) for p in params]
+
+    def checked() -> Tensor:
+        loss = loss_fn()
+        for p, (grad, version) in zip(params, before, strict=True):
+            if p.grad is None or (p.grad is grad and _version(p.grad) == version):
+                continue
+            if bool(torch.any(p.grad != 0)):  # zero_grad(set_to_none=False) changes it as well
+                msg = (
+                    "closure must return the loss without calling backward, but it changed p.grad;"
+                    " remove loss.backward() and end with `return loss`: the optimizer"
+                    " differentiates it"
+                )
+                raise TypeError(msg)
+        return loss
+
+    return evaluate(checked, "closure", differentiated_twice=differentiated_twice)
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
+
+
+def all_finite(value: Tensor, grads: Sequence[Tensor]) -> bool:
+    """Return whether loss and gradients are finite: the one number a step reads from the device."""
+    largest = torch._foreach_norm([g.detach() for g in grads], torch.inf)
+    finite = [torch.isfinite(norm).to(value.device) for norm in largest]
+    return bool(torch.stack([torch.isfinite(value), *finite]).all())
