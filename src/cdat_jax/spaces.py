@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,7 @@ class TreeSpace:
         if not products:
             msg = f"x must be a pytree with at least one array, got {x!r}"
             raise ValueError(msg)
-        total: jax.Array = sum(products[1:], start=products[0])
+        total: jax.Array = functools.reduce(operator.add, products)
         return total
 
     def scale(self, a: Any, x: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cdat_core
@@ -88,7 +89,7 @@ def measure(
     w, u = [params[i] for i in present], [direction[i] for i in present]
     g = [grad for grad in grads if grad is not None]
     slope = space.vdot([grad.detach() for grad in g], u)
-    second, _ = directional_curvature(loss_fn, g, w, u, method=curvature, start=start)
+    second, _ = directional_curvature(loss_fn, loss, g, w, u, method=curvature, start=start)
     return cdat_core.Measurement(loss.detach().to(slope), slope, second)
 
 
@@ -183,6 +184,7 @@ def gradients(
 
 def directional_curvature(
     loss_fn: LossFn,
+    loss: Tensor,
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
     direction: Sequence[Tensor],
@@ -196,6 +198,8 @@ def directional_curvature(
     ----------
     loss_fn : callable
         The loss; called again by finite differences only.
+    loss : Tensor
+        What it returned, with its graph.
     grads : sequence of Tensor
         The gradient, with its graph unless `method` is "finite_difference".
     params, direction : sequence of Tensor
@@ -209,6 +213,7 @@ def directional_curvature(
     if method != "finite_difference":
         pairs = [(g, u) for g, u in zip(grads, direction, strict=True) if g.requires_grad]
         try:
+            _refuse_once_differentiable(loss)
             product = _vector_jacobian(pairs, params, retain_graph=False)
             return space.vdot(direction, product), "hessian"
         except torch.OutOfMemoryError:
@@ -248,6 +253,26 @@ def _vector_jacobian(
     by_param = dict(zip(trainable, found, strict=True))
     products = [by_param.get(p) for p in params]
     return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]
+
+
+def _refuse_once_differentiable(loss: Tensor) -> None:
+    """Raise where double backward would silently drop a custom function's second derivative.
+
+    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it has a
+    graph itself; behind a linear loss it has none, and the term would just be missing.
+    """
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        if isinstance(node, BackwardCFunction):
+            function = getattr(node, "_forward_cls", None)
+            if hasattr(getattr(function, "backward", None), "__wrapped__"):
+                msg = f"{function.__name__} is marked once_differentiable"
+                raise NotImplementedError(msg)
 
 
 def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:

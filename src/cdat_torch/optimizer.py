@@ -264,6 +264,7 @@ class TunedOptimizer(Optimizer):
         point = _Point(
             closure=cast(LossFn, closure),
             start=start,
+            loss=loss,
             value=loss.detach().to(self._rate),
             params=[p for p, g in zip(params, grads, strict=True) if g is not None],
             grads=[g for g in grads if g is not None],
@@ -313,6 +314,7 @@ class TunedOptimizer(Optimizer):
         with torch.enable_grad():
             curvature, used = directional_curvature(
                 point.closure,
+                point.loss,
                 point.grads,
                 point.params,
                 direction,
@@ -366,6 +368,7 @@ class _Point(NamedTuple):
 
     closure: LossFn
     start: RandomState
+    loss: Tensor
     value: Tensor
     params: list[Tensor]
     grads: list[Tensor]

@@ -1,0 +1,106 @@
+"""Saving and loading: bit-exact, checked before anything changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdat_core import linesearch, tuners
+from cdat_torch import CDAT, TunedOptimizer
+from tests.torch.models import mlp
+
+
+def make(rule=None, **options):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = mlp(3, 5, 1, dtype=torch.float32)
+    base = torch.optim.Adam(model.parameters())
+    return model, TunedOptimizer(base, rule or tuners.cdat(), **options)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    x = torch.linspace(-1, 1, 24).reshape(8, 3)
+    return [float(optimizer.step(lambda: (model(x) - 1).square().mean())) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", [tuners.cdat(), linesearch.backtracking()], ids=["cdat", "search"])
+def test_resume_is_bit_exact(tmp_path: Path, rule, every: int) -> None:  # type: ignore[no-untyped-def]
+    model, optimizer = make(rule, every=every)
+    train(model, optimizer, 5)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    expected = train(model, optimizer, 7)
+
+    resumed_model, resumed = make(rule, every=every)
+    saved = torch.load(path, weights_only=True)
+    resumed_model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert train(resumed_model, resumed, 7) == expected
+    for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_tuner_is_stored_as_python_numbers() -> None:
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    group = optimizer.state_dict()["param_groups"][0]
+    assert isinstance(group["tuned_lr"], float)
+    assert {type(number) for number in group["tuner"]["state"].values()} == {float, int}
+    assert isinstance(optimizer.param_groups[0]["tuned_lr"], torch.Tensor)  # live: on the device
+
+
+def test_another_tuners_state_is_refused_and_changes_nothing() -> None:
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    other_model, other = make(tuners.constant(0.1))
+    train(other_model, other, 3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="tuner state"):
+        other.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
+
+def test_another_number_of_groups_is_refused() -> None:
+    _, optimizer = make()
+    state = optimizer.state_dict()
+    state["param_groups"] = state["param_groups"] * 2
+    with pytest.raises(ValueError, match="must hold 1 parameter groups, got 2"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_plain_optimizers_state_loads_with_a_cold_tuner() -> None:
+    torch.manual_seed(0)
+    plain_model = mlp(3, 5, 1, dtype=torch.float32)
+    plain = torch.optim.Adam(plain_model.parameters(), lr=0.05)
+    plain_model(torch.ones(2, 3)).sum().backward()
+    plain.step()
+    model, optimizer = make()
+    with pytest.warns(UserWarning, match="tuner starts cold"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert float(optimizer._tuner_state.weight) == 0.0
+    torch.testing.assert_close(
+        [s["exp_avg"] for s in optimizer.state.values()],
+        [s["exp_avg"] for s in plain.state.values()],
+    )
+    assert train(model, optimizer, 3)[-1] > 0
+
+
+def test_a_deep_copy_trains_on_its_own() -> None:
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    assert isinstance(twin, TunedOptimizer)
+    assert twin.param_groups[0]["params"][0] is next(twin_model.parameters())
+    assert train(twin_model, twin, 3) == train(model, optimizer, 3)
+
+
+def test_cdat_is_a_preset() -> None:
+    model, optimizer = make(tuners.cdat(1.5, 0.8))
+    preset_model = mlp(3, 5, 1, dtype=torch.float32)
+    preset_model.load_state_dict(model.state_dict())
+    preset = CDAT(torch.optim.Adam(preset_model.parameters()), 1.5, 0.8)
+    assert train(preset_model, preset, 4) == train(model, optimizer, 4)

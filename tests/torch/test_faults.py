@@ -1,0 +1,216 @@
+"""Bad input and faults: clear errors, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from cdat_core import linesearch, tuners
+from cdat_torch import CDAT, TunedOptimizer
+from tests.torch.models import mlp
+
+
+def snapshot(optimizer: TunedOptimizer) -> Any:
+    params = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+    state = [copy.deepcopy(s) for s in optimizer.base.state.values()]
+    averages = copy.deepcopy(optimizer._tuner_state)
+    return params, state, averages
+
+
+def assert_same(before: Any, after: Any) -> None:
+    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
+    if before[2] is not None:
+        assert before[2]._replace(skipped=0) == after[2]._replace(skipped=0)
+
+
+RULES = {
+    "cdat": tuners.cdat(),
+    "constant": tuners.constant(0.01),
+    "backtracking": linesearch.backtracking(),
+}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_that_is_not_finite_changes_nothing(rule: str, where: str, bad: float) -> None:
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    optimizer = TunedOptimizer(torch.optim.Adam(model.parameters()), RULES[rule])
+    good = lambda: model(x).square().mean()  # noqa: E731
+
+    def broken() -> torch.Tensor:
+        loss = good()
+        if where == "loss":
+            return loss + bad
+        return loss + (0.0 * model[0].bias[0]).abs() ** 0.5  # finite value, gradient inf * 0
+
+    for _ in range(3):
+        optimizer.step(good)
+    before = snapshot(optimizer)
+    optimizer.step(broken)
+    assert_same(before, snapshot(optimizer))
+    assert int(optimizer.last.skipped) == 1
+    assert float(optimizer.last.learning_rate) == 0.0
+    optimizer.step(good)
+    assert int(optimizer.last.skipped) == 1
+    assert float(optimizer.last.learning_rate) > 0.0
+
+
+class NanCurvature(torch.autograd.Function):
+    """The square, whose second derivative is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad + (x - x.detach()).clamp(min=0) ** 0.5 * 0
+
+
+def test_a_curvature_that_is_not_finite_moves_no_parameter() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(torch.optim.SGD([w]))
+    optimizer.step(lambda: (w**2).sum())
+    before = snapshot(optimizer)
+    optimizer.step(lambda: NanCurvature.apply(w).sum())
+    assert torch.isnan(optimizer.last.curvature)
+    assert_same(before, snapshot(optimizer))
+    assert int(optimizer.last.skipped) == 1
+
+
+def test_after_a_skip_the_curvature_is_measured_at_once() -> None:
+    w = torch.full((2,), 3.0, dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(torch.optim.SGD([w]), every=5)
+    optimizer.step(lambda: (w**4).sum())
+    optimizer.step(lambda: (w**4).sum() * torch.nan)
+    optimizer.step(lambda: (w**4).sum())
+    assert optimizer.last.curvature is not None
+    assert float(optimizer.last.learning_rate) > 0
+
+
+def test_an_infinite_direction_never_reaches_the_parameters() -> None:
+    w = torch.tensor([1.0, 0.0], requires_grad=True)
+    base = torch.optim.RMSprop([w], eps=0.0)  # 0 / 0 where the gradient is zero
+    optimizer = TunedOptimizer(base, tuners.constant(0.1))
+    optimizer.step(lambda: (w**2).sum())
+    assert w.tolist() == [1.0, 0.0]
+    assert int(optimizer.last.skipped) == 1
+
+
+def backward_inside(w: torch.Tensor) -> torch.Tensor:
+    loss = (w**2).sum()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("closure", "error", "message"),
+    [
+        (None, TypeError, "closure must be a function that returns the loss, got None"),
+        (lambda w: None, TypeError, "closure must return the loss as a tensor, got None"),
+        (lambda w: float((w**2).sum().detach()), TypeError, "closure must return the loss as a"),
+        (lambda w: w**2, ValueError, r"closure must return a real scalar, got shape \(2,\)"),
+        (lambda w: (w**2).sum().detach(), ValueError, "without a graph"),
+        (backward_inside, TypeError, "remove loss.backward.. and end with `return loss`"),
+    ],
+)
+def test_what_a_closure_must_return(closure, error, message) -> None:  # type: ignore[no-untyped-def]
+    w = torch.ones(2, requires_grad=True)
+    optimizer = CDAT(torch.optim.Adam([w]))
+    with pytest.raises(error, match=message):
+        optimizer.step(closure and (lambda: closure(w)))
+    assert w.tolist() == [1.0, 1.0]
+    assert not optimizer.state
+
+
+def test_backward_in_the_closure_is_noticed_behind_every_form_of_zero_grad() -> None:
+    w = torch.ones(2, requires_grad=True)
+    optimizer = CDAT(torch.optim.Adam([w]))
+    optimizer.step(lambda: (w**2).sum())
+    for set_to_none in (True, False):
+        with pytest.raises(TypeError, match="without calling backward"):
+            optimizer.step(lambda: (optimizer.zero_grad(set_to_none), backward_inside(w))[1])  # noqa: B023
+        optimizer.step(lambda: (optimizer.zero_grad(set_to_none), (w**2).sum())[1])  # noqa: B023
+
+
+@pytest.mark.parametrize("rule", ["cdat", "backtracking"])
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_a_closure_that_raises_leaves_everything_as_it_was(rule: str, at_call: int) -> None:
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    calls = 0
+    optimizer = TunedOptimizer(
+        torch.optim.SGD(model.parameters()), RULES[rule], curvature="finite_difference"
+    )
+    before = snapshot(optimizer)
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise KeyboardInterrupt
+        return model(x).square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    torch.testing.assert_close(snapshot(optimizer)[0], before[0], rtol=0, atol=0)
+    optimizer.step(closure)
+    assert float(optimizer.last.learning_rate) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: CDAT(torch.optim.Adam(p), sigma=-1.0), ValueError, "sigma must be .* got -1.0"),
+        (lambda p: CDAT(torch.optim.Adam(p), sigma=float("nan")), ValueError, "sigma .* got nan"),
+        (lambda p: CDAT(torch.optim.Adam(p), decay=1.0), ValueError, "decay must be .* got 1.0"),
+        (lambda p: CDAT(torch.optim.Adam(p), every=0), ValueError, "every must be .* got 0"),
+        (lambda p: CDAT(torch.optim.Adam(p), curvature="x"), ValueError, "curvature .* got 'x'"),
+        (lambda p: CDAT(p), TypeError, "base must be a torch.optim.Optimizer, got"),
+        (lambda p: CDAT(torch.optim.LBFGS(p)), TypeError, "must not choose step lengths itself"),
+        (lambda p: CDAT(CDAT(torch.optim.SGD(p))), TypeError, "must not choose step lengths"),
+        (lambda p: TunedOptimizer(torch.optim.SGD(p), 0.1), TypeError, "tuner_or_search must be"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_the_base_alone(make, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        make([torch.ones(2, requires_grad=True)])
+    base = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+    with pytest.raises(ValueError, match="sigma"):
+        CDAT(base, sigma=-1.0)
+    assert base.param_groups[0]["lr"] == 1e-3
+    assert "tuned_lr" not in base.param_groups[0]
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="params must be real floating tensors, got .*complex"):
+        CDAT(torch.optim.Adam([torch.ones(2, dtype=torch.complex64, requires_grad=True)]))
+
+
+def test_a_base_that_has_a_scheduler_is_refused() -> None:
+    base = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+    torch.optim.lr_scheduler.StepLR(base, 10)
+    with pytest.raises(ValueError, match="attach the scheduler to the wrapper"):
+        CDAT(base)
+
+
+def test_the_missing_extra_is_named() -> None:
+    code = """
+        import sys
+        sys.modules["torch"] = None
+        try:
+            import cdat_torch
+        except ImportError as error:
+            assert 'pip install "cdat[torch]"' in str(error), error
+        else:
+            raise AssertionError("imported without torch")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
