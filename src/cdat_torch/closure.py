@@ -51,7 +51,14 @@ def _version(grad: Tensor | None) -> int | None:
 
 
 def all_finite(value: Tensor, grads: Sequence[Tensor]) -> bool:
-    """Return whether loss and gradients are finite: the one number a step reads from the device."""
-    largest = torch._foreach_norm([g.detach() for g in grads], torch.inf)
-    finite = [torch.isfinite(norm).to(value.device) for norm in largest]
-    return bool(torch.stack([torch.isfinite(value), *finite]).all())
+    """Return whether loss and gradients are finite: the one number a step reads from the device.
+
+    A sum that is finite has finite terms only. One that is not may have overflowed; that rare case
+    is looked at element by element.
+    """
+    sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    total = torch.stack([value, *(s.detach().to(value) for s in sums)])
+    if bool(torch.isfinite(total).all()):
+        return True
+    finite = [torch.isfinite(g).all().to(value.device) for g in (value, *grads)]
+    return bool(torch.stack(finite).all())

@@ -258,8 +258,8 @@ def _vector_jacobian(
 def _refuse_once_differentiable(loss: Tensor) -> None:
     """Raise where double backward would silently drop a custom function's second derivative.
 
-    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it has a
-    graph itself; behind a linear loss it has none, and the term would just be missing.
+    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it
+    has a graph itself; behind a linear loss it has none, and the term would just be missing.
     """
     seen, waiting = set(), [loss.grad_fn]
     while waiting:

@@ -19,8 +19,9 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 class TensorListSpace:
     """Lists of tensors, such as the parameters of a model, with the Euclidean inner product.
 
-    Inner products accumulate in float64 (float32 on devices without it) and live on the device of
-    the first tensor; nothing is flattened and nothing waits for the device.
+    Inner products accumulate in float32 or wider within a tensor and in float64 over the tensors
+    (float32 on devices without it). They live on the device of the first tensor; nothing is
+    flattened and nothing waits for the device.
     """
 
     def vdot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
@@ -40,9 +41,10 @@ class TensorListSpace:
             if a.shape != b.shape:
                 msg = f"x and y must hold tensors of the same shape, got {a.shape} and {b.shape}"
                 raise ValueError(msg)
-            product = a.conj() * b if a.is_complex() else a * b
-            part = product.real if product.is_complex() else product
-            total = total + part.sum(dtype=scalar_dtype(part.device)).to(total)
+            product = _widened(a).conj() * _widened(b)
+            # torch sums pairwise, so float32 suffices within a tensor; the totals are wider.
+            part = (product.real if product.is_complex() else product).sum()
+            total = total + part.to(total)
         return total
 
     def scale(self, a: Any, x: Sequence[Tensor]) -> list[Tensor]:
@@ -52,6 +54,11 @@ class TensorListSpace:
     def add_scale(self, x: Sequence[Tensor], a: Any, y: Sequence[Tensor]) -> list[Tensor]:
         """Return ``x + a * y``, each tensor in the dtype and device of x."""
         return [s + t * _factor(a, t) for s, t in zip(x, y, strict=True)]
+
+
+def _widened(t: Tensor) -> Tensor:
+    """Return half-precision tensors as float32: their products need more digits than they have."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _factor(a: Any, like: Tensor) -> Any:

@@ -63,7 +63,7 @@ def loss(weights: Any, x: Any, y: Any, tanh: Callable[[Any], Any]) -> Any:
 def train_jax(base: str, rule: Any, dtype: type[np.floating], steps: int) -> np.ndarray:
     weights, x, y = problem(dtype)
     solver = optax.chain(BASES[base][0](), cdat_jax.scale_by_tuner(rule))
-    value_fn = lambda w, x, y: loss(w, x, y, jnp.tanh)  # noqa: E731
+    value_fn = lambda w, x, y: loss(w, x, y, jnp.tanh)
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:

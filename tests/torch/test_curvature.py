@@ -102,7 +102,7 @@ def test_digits_network_matches_its_dense_hessian() -> None:
 
     params = parameters(model)
     w = flat([p.detach() for p in params])
-    column = lambda e: torch.func.jvp(torch.func.grad(value), (w,), (e,))[1]  # noqa: E731
+    column = lambda e: torch.func.jvp(torch.func.grad(value), (w,), (e,))[1]
     hessian = torch.func.vmap(column, chunk_size=512)(torch.eye(len(w)).to(w))
     for _ in range(3):
         u = random_like(params)
