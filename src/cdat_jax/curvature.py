@@ -103,7 +103,8 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     _, product = jax.linearize(jax.grad(_require_scalar(value_fn)), params)
 
     def checked(v: PyTree, /) -> PyTree:
-        return product(_tangent(params, v))
+        # Conjugated like the gradient itself: jax.grad returns the conjugate of the gradient.
+        return jax.tree.map(jnp.conj, product(_tangent(params, v)))
 
     return checked
 
@@ -160,8 +161,9 @@ def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -
 def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
     try:
         return _forward_over_forward(value_fn, params, direction)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
+    except (TypeError, NotImplementedError) as error:
+        # A custom_vjp refuses the inner jvp by name, and the outer one as its "custom_lin" form.
+        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
             raise
         return _forward_over_reverse(value_fn, params, direction)
 

@@ -53,7 +53,12 @@ class TreeSpace:
 
     def add_scale(self, x: PyTree, a: Any, y: PyTree) -> PyTree:
         """Return ``x + a * y``, each leaf in the dtype of x."""
-        return jax.tree.map(lambda p, q: p + _times(a, q).astype(p.dtype), x, y)
+
+        def moved(p: Any, q: Any) -> jax.Array:
+            start: jax.Array = jnp.asarray(p)
+            return start + _times(a, q).astype(start.dtype)
+
+        return jax.tree.map(moved, x, y)
 
 
 def _leaf_vdot(x: Any, y: Any) -> jax.Array:

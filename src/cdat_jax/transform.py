@@ -144,7 +144,7 @@ def scale_by_tuner(
         else:
             tuner_state = tuner_or_search.init(Measurement(zero, zero, None), zero)
         info = TunerInfo(zero, zero, zero if measures else None, none_yet)
-        return ScaleByTunerState(zero, tuner_state, info, none_yet)
+        return _unshared(ScaleByTunerState(zero, tuner_state, info, none_yet))
 
     def update(
         updates: PyTree,
@@ -172,7 +172,7 @@ def scale_by_tuner(
             step = (new_state.learning_rate * u).astype(jnp.asarray(u).dtype)
             return jnp.where(skip, jnp.zeros_like(step), step)
 
-        return jax.tree.map(scaled, updates), new_state
+        return jax.tree.map(scaled, updates), _unshared(new_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -227,6 +227,12 @@ def _bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[
         names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
         taken = {name: value for name, value in extra_args.items() if name in names}
     return functools.partial(value_fn, **taken)
+
+
+def _unshared(state: ScaleByTunerState) -> ScaleByTunerState:
+    """Give every leaf a buffer of its own, or the state could not be donated (free under jit)."""
+    copied: ScaleByTunerState = jax.tree.map(jnp.copy, state)
+    return copied
 
 
 Decision = tuple[ScaleByTunerState, jax.Array]
