@@ -21,8 +21,11 @@ def check_base(base: Any) -> None:
     if not isinstance(base, Optimizer):
         msg = f"base must be a torch.optim.Optimizer, got {base!r}"
         raise TypeError(msg)
-    if isinstance(base, torch.optim.LBFGS) or "tuned_lr" in base.param_groups[0]:
+    if isinstance(base, torch.optim.LBFGS):
         msg = f"base must not choose step lengths itself, got {type(base).__name__}"
+        raise TypeError(msg)
+    if "tuned_lr" in base.param_groups[0]:
+        msg = f"base {type(base).__name__} is wrapped already; an optimizer has one tuner at a time"
         raise TypeError(msg)
     if hasattr(base.step, "_wrapped_by_lr_sched"):
         msg = (

@@ -16,7 +16,7 @@ class TunerState(Protocol):
 
     @property
     def rate(self) -> Scalar:
-        """The last positive learning rate (before the first one: the start rate, or 0)."""
+        """The last positive learning rate; before the first one it is the start rate, or 0."""
         ...
 
     @property

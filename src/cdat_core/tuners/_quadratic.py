@@ -62,11 +62,12 @@ def cdat(
     decay : float
         Memory of the moving averages, in [0, 1). With 0 only the present measurement counts.
     eps : float
-        Added to the averaged curvature, >= 0, in units of the curvature.
+        Added to the averaged curvature (bias of the start removed), >= 0, in its units.
     initial_learning_rate : float, optional
         Upper bound of the first rate, and the rate held until a curvature is known.
     max_growth : float, optional
-        Largest factor, >= 1, from one rate to the next.
+        Largest factor, >= 1, from one update of the tuner to the next (with a curvature measured
+        every k steps, that is one factor in k steps).
     max_learning_rate : float, optional
         Largest rate.
 
@@ -148,7 +149,7 @@ def quadratically_greedy(
 
     One of the two classical tuners that the paper (arXiv:2407.06183) studies. It is `cdat` with
     sigma = 1 and, by default, no averaging. Where the curvature is negative the model has no
-    minimum; its magnitude is used, as in `cdat`.
+    minimum; that its magnitude is used there, as in `cdat`, is a choice of this library.
 
     Parameters
     ----------

@@ -1,0 +1,66 @@
+"""Configuration of the documentation; it builds without network access."""
+
+import importlib.metadata
+from typing import Any
+
+project = "cdat"
+author = "The cdat developers"
+copyright = "The cdat developers"
+try:
+    release = importlib.metadata.version("cdat")
+except importlib.metadata.PackageNotFoundError:  # built from a checkout that is not installed
+    release = "0.1.0"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",  # also gives the autolink role
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+default_role = "autolink"
+nitpicky = True
+
+myst_heading_anchors = 3
+
+# Numpydoc lists sources that the text need not cite by number.
+suppress_warnings = ["ref.footnote"]
+
+autodoc_member_order = "groupwise"
+autodoc_typehints = "none"  # the docstrings state types and shapes
+autodoc_class_signature = "mixed"
+napoleon_google_docstring = False
+napoleon_use_param = False
+napoleon_use_rtype = False
+napoleon_use_ivar = False
+
+# Types of other projects are named, not linked: an offline build has no inventories of theirs.
+# A single word that is no object of ours is the name of a parameter or field.
+nitpick_ignore_regex = [
+    (r"py:obj", r"[a-z_]+"),
+    (r"py:.*", r"(array_api_compat|collections|jax|numpy|optax|scipy|torch|typing)(\..*)?"),
+    (r"py:class", r"(callable|Scalar|Tensor|V)"),
+]
+
+html_theme = "furo"
+html_title = "cdat"
+html_show_sphinx = False
+html_theme_options = {  # lines of 100 columns fit
+    name: {"code-font-size": "0.74rem"} for name in ("light_css_variables", "dark_css_variables")
+}
+copybutton_exclude = ".linenos, .gp, .go"
+python_use_unqualified_type_names = True
+
+
+def skip_tuple_fields(
+    app: Any, what: str, name: str, member: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out the fields of NamedTuples: the Attributes section already describes them."""
+    del app, what, name, skip, options
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Any) -> None:
+    """Connect the hook above."""
+    app.connect("autodoc-skip-member", skip_tuple_fields)

@@ -1,0 +1,69 @@
+"""Run the Python examples of Markdown files.
+
+``python docs/run_snippets.py README.md docs/*.md`` runs every block fenced as ``python``, in order,
+in one namespace per file, with warnings as errors. It prints ``file:line ok`` for each block; a
+block that fails is shown with the lines of the Markdown file, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)")
+
+
+def python_blocks(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line number of each opening fence and the code behind it."""
+    opened: re.Match[str] | None = None
+    first, lines = 0, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        found = FENCE.fullmatch(line.rstrip())
+        if opened is None:
+            if found:
+                opened, first, lines = found, number, []
+        elif found and found["fence"].startswith(opened["fence"]) and not found["info"].strip():
+            if opened["info"].strip() == "python":
+                yield first, textwrap.dedent("\n".join(lines))
+            opened = None
+        else:
+            lines.append(line)
+    if opened is not None:
+        msg = f"{path}:{first}: the fence is never closed"
+        raise SystemExit(msg)
+
+
+def run(path: Path) -> bool:
+    """Run the blocks of one file up to the first that fails; return whether all passed."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in python_blocks(path):
+        try:
+            # The empty lines in front make the line numbers of a traceback those of the file.
+            exec(compile("\n" * line + code, str(path), "exec"), namespace)
+        except (Exception, SystemExit) as error:
+            own = error.__traceback__.tb_next if error.__traceback__ else None
+            report = "".join(traceback.format_exception(type(error), error, own))
+            print(f"{path}:{line} FAILED\n{report}", file=sys.stderr)  # noqa: T201
+            return False
+        print(f"{path}:{line} ok", flush=True)  # noqa: T201
+    return True
+
+
+def main(arguments: list[str]) -> int:
+    """Run all files; return the exit status."""
+    if not arguments:
+        print("usage: python docs/run_snippets.py FILE.md ...", file=sys.stderr)  # noqa: T201
+        return 2
+    warnings.simplefilter("error")
+    passed = [run(Path(argument)) for argument in arguments]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
