@@ -176,9 +176,7 @@ def test_callback_cannot_change_the_iterate():
 
 @pytest.mark.parametrize("maxiter", [0, 1, 7])
 def test_iteration_limit(maxiter):
-    result = minimize(
-        rosen, [0.5, 0.5], tuner=GREEDY, jac=rosen_der, options={"maxiter": maxiter}
-    )
+    result = minimize(rosen, [0.5, 0.5], tuner=GREEDY, jac=rosen_der, options={"maxiter": maxiter})
     assert (result.success, result.status, result.nit) == (False, 1, maxiter)
     assert result.message == "Maximum number of iterations has been exceeded."
 
@@ -367,6 +365,4 @@ def test_display(capsys):
     minimize(
         bowl, [3.0], tuner=GREEDY, jac=bowl_der, hessp=lambda x, v: 2 * v, options={"disp": True}
     )
-    assert capsys.readouterr().out == (
-        "Optimization terminated successfully. fun=0 nit=1 nfev=2\n"
-    )
+    assert capsys.readouterr().out == ("Optimization terminated successfully. fun=0 nit=1 nfev=2\n")

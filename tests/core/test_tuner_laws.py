@@ -28,9 +28,7 @@ QUADRATIC = {
     "on-edge": tuners.on_edge(),
 }
 GUARDED = {
-    "cdat-guarded": tuners.cdat(
-        initial_learning_rate=1e-3, max_growth=1.1, max_learning_rate=0.5
-    ),
+    "cdat-guarded": tuners.cdat(initial_learning_rate=1e-3, max_growth=1.1, max_learning_rate=0.5),
     "on-edge-capped": tuners.on_edge(max_learning_rate=2.0),
     "greedy-capped-growth": tuners.quadratically_greedy(max_growth=1.5),
 }
@@ -149,7 +147,7 @@ def test_sigma_one_minimises_a_quadratic_and_sigma_two_returns_to_its_value(
     value = xp.asarray(0.5 * (w @ matrix @ w) + b @ w, dtype=dtype)
     measurement = measure(value, gradient, lambda v: hessian @ v, -gradient, space=ArraySpace())
     rate, _ = tuner.update(measurement, tuner.init(xp.zeros((), dtype=dtype)))
-    # Along u the model moves by rate * (slope + rate / 2 * curvature), its slope by rate * curvature.
+    # The model moves by rate * (slope + rate / 2 * curvature), its slope by rate * curvature.
     slope, curvature = -float(g @ g), float(g @ matrix @ g)
     assert float(rate) * curvature == pytest.approx(-sigma * slope, rel=8 * eps)
     after = w - float(rate) * g
@@ -198,8 +196,8 @@ def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
 @over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
 def test_measurement_beyond_the_dtype_of_the_state_is_skipped(tuner, xp, field):
     """A float64 measurement may overflow a float32 state: it must not enter the averages."""
-    wide = lambda value: xp.asarray(value, dtype=xp.float64)  # noqa: E731
-    narrow = lambda value: xp.asarray(value, dtype=xp.float32)  # noqa: E731
+    wide = lambda value: xp.asarray(value, dtype=xp.float64)
+    narrow = lambda value: xp.asarray(value, dtype=xp.float32)
     _, state = run(tuner, narrow, [(-1.0, 2.0)])
     with np.errstate(over="ignore"):
         huge = model(wide, -1.0, 2.0)._replace(**{field: wide(-1e300)})
