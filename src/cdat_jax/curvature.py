@@ -159,13 +159,23 @@ def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -
 
 
 def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
-    try:
-        return _forward_over_forward(value_fn, params, direction)
-    except (TypeError, NotImplementedError) as error:
-        # A custom_vjp refuses the inner jvp by name, and the outer one as its "custom_lin" form.
-        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
-            raise
-        return _forward_over_reverse(value_fn, params, direction)
+    def along(p: PyTree, u: PyTree) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(value_fn, (p,), (u,))
+
+    # Asked of a trace, because some uses of a custom_vjp fail only when they are compiled.
+    reverse = _holds("custom_lin", jax.make_jaxpr(along)(params, direction))
+    model = _forward_over_reverse if reverse else _forward_over_forward
+    return model(value_fn, params, direction)
+
+
+def _holds(primitive: str, traced: Any) -> bool:
+    """Whether a jaxpr, closed or not, or one inside it, applies the primitive of that name."""
+    equations = getattr(getattr(traced, "jaxpr", traced), "eqns", ())
+    return any(
+        equation.primitive.name == primitive
+        or any(_holds(primitive, leaf) for leaf in jax.tree.leaves(list(equation.params.values())))
+        for equation in equations
+    )
 
 
 _MODELS: dict[str, Callable[[Objective, PyTree, PyTree], Model]] = {

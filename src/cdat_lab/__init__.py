@@ -1,0 +1,1 @@
+"""The reproduction suite: tasks, runs, comparisons and reports, behind the command ``cdat``."""

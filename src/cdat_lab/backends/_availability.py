@@ -1,0 +1,108 @@
+"""Which frameworks are installed, and how a worker is set up before it imports one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cdat_lab.backends._trajectory import Problem, Trajectory
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A framework a run can go through.
+
+    Attributes
+    ----------
+    name, label : str
+        For the command line and for people.
+    requires : tuple of str
+        The packages it imports; each is called the same on the package index.
+    """
+
+    name: str
+    label: str
+    requires: tuple[str, ...]
+
+    def missing(self) -> list[str]:
+        """Return the packages that are not installed."""
+        return [name for name in self.requires if importlib.util.find_spec(name) is None]
+
+    def versions(self) -> dict[str, str]:
+        """Return the installed version of each package."""
+        return {name: importlib.metadata.version(name) for name in self.requires}
+
+    def describe(self) -> str:
+        """Return one phrase: the version, or how to install it."""
+        missing = self.missing()
+        if missing:
+            return (
+                f'{self.name}: {", ".join(missing)} not installed (pip install "cdat[{self.name}]")'
+            )
+        return ", ".join(f"{name} {version}" for name, version in self.versions().items())
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("jax", "JAX", ("jax", "optax")),
+        Backend("torch", "PyTorch", ("torch",)),
+    )
+}
+
+
+def available() -> list[Backend]:
+    """Return the backends whose packages are installed."""
+    return [backend for backend in BACKENDS.values() if not backend.missing()]
+
+
+def load(name: str) -> Callable[[Problem], Trajectory]:
+    """Import a backend and return its ``run`` function.
+
+    Raises
+    ------
+    ImportError
+        If a package it needs is missing.
+    """
+    module: Any = importlib.import_module(f"cdat_lab.backends.{name}")
+    run: Callable[[Problem], Trajectory] = module.run
+    return run
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Keep the frameworks imported inside to one CPU thread, so that sums have one order.
+
+    The environment variables act on frameworks that are not imported yet.
+    """
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    torch: Any = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    if torch is not None:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if torch is not None:
+            torch.set_num_threads(threads)

@@ -1,0 +1,75 @@
+"""Tuning a rate on a logarithmic grid that grows until its optimum is inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The rates that were tried, in rising order, and the best of them.
+
+    Attributes
+    ----------
+    rates, losses : tuple of float
+        Each rate with its final loss; infinity where the run diverged.
+    best : int
+        Index of the lowest loss (the smallest such rate).
+    at_edge : bool
+        Whether the best rate is the first or the last one, so that a better one may lie outside.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    best: int
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a better rate may lie outside the grid."""
+        return self.best in {0, len(self.rates) - 1}
+
+
+def tune(
+    final_loss: Callable[[float], float],
+    exponents: Iterable[int],
+    *,
+    max_extensions: int = 12,
+) -> Grid:
+    """Try the rates ``2**k`` and extend the grid while its best rate is at an edge.
+
+    Parameters
+    ----------
+    final_loss : callable
+        ``rate -> loss``; infinite or NaN counts as worst.
+    exponents : iterable of int
+        The first grid: consecutive k.
+    max_extensions : int
+        Largest number of rates to add.
+
+    Returns
+    -------
+    Grid
+        Every rate that was tried. If all diverged the grid has grown downwards.
+    """
+    losses: dict[int, float] = {}
+
+    def try_rate(exponent: int) -> None:
+        loss = final_loss(2.0**exponent)
+        losses[exponent] = math.inf if math.isnan(loss) else loss
+
+    for exponent in exponents:
+        try_rate(exponent)
+    for _ in range(max_extensions):
+        lowest, highest = min(losses), max(losses)
+        best = min(losses, key=lambda k: (losses[k], k))
+        if best == lowest:
+            try_rate(lowest - 1)
+        elif best == highest:
+            try_rate(highest + 1)
+        else:
+            break
+    tried = sorted(losses)
+    values = tuple(losses[k] for k in tried)
+    return Grid(tuple(2.0**k for k in tried), values, values.index(min(values)))
