@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Annotated
 
 import joblib
 import typer
 
-from cdat_lab import backends, tasks
+from cdat_lab import backends, runs, tasks
 from cdat_lab.compare import Comparison, execute, plan
 from cdat_lab.contenders import CONTENDERS
 from cdat_lab.report import write_report
@@ -23,7 +22,7 @@ INTERRUPTED = 130
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cdat {importlib.metadata.version('cdat')}")
+        typer.echo(f"cdat {runs.version('cdat')}")
         raise typer.Exit
 
 
@@ -85,7 +84,7 @@ def compare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot write to {folder}: {error}"
+        reason = f"cannot write to {folder}: {error.strerror}"
         raise _failure(reason) from error
     work = plan(
         task,

@@ -230,13 +230,17 @@ def read(path: Path) -> Run:
 def versions(backend: str) -> dict[str, str]:
     """Return the versions of Python, of this package and of what the numbers depend on."""
     names = ("cdat", "array-api-compat", "numpy", "scikit-learn")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a source tree on the path
-            found[name] = "not installed"
-    return found | backends.BACKENDS[backend].versions()
+    found = {name: version(name) for name in names}
+    own = backends.BACKENDS[backend].versions()
+    return {"python": platform.python_version()} | found | own
+
+
+def version(package: str) -> str:
+    """Return the version of an installed package, or that it is a source tree on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from a source tree"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from cdat_core import (
 )
 
 SPACE = ArraySpace()
-# Products of tiny numbers underflow in float32; each loses at most one subnormal, times factors <= 9.
+# Products of tiny numbers underflow in float32; each loses at most one subnormal, times 9.
 UNDERFLOW = 300 * float(np.finfo(np.float32).smallest_subnormal)
 entries = st.floats(-3, 3, width=32)
 

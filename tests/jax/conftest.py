@@ -8,7 +8,7 @@ STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise"}
 
 def _configure(settings):
     """Apply JAX settings and return what they were before."""
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     return before
@@ -18,6 +18,14 @@ def _configure(settings):
 def strict_jax():
     """Float64 is available, and an operation that would silently broadcast ranks is an error."""
     before = _configure(STRICT)
+    yield
+    _configure(before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compile without most optimisations, for modules whose time is spent compiling."""
+    before = _configure({"jax_disable_most_optimizations": True})
     yield
     _configure(before)
 

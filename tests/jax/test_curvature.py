@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,11 @@ from jax.flatten_util import ravel_pytree
 
 import cdat_core
 from cdat_jax import TreeSpace, cdat, hvp, measure, scale_by_tuner
-from tests.jax.problems import dense, flat, network, random_like
+from tests.jax.problems import dense, flat, random_like
 
 EXACT = ("auto", "forward", "hvp")
 ALL = (*EXACT, "finite_difference")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 exact_methods = pytest.mark.parametrize("method", EXACT)
 all_methods = pytest.mark.parametrize("method", ALL)
 
@@ -35,55 +35,55 @@ def affine(layer, inputs):
     return inputs.astype(matrix.dtype) @ matrix + bias[None]
 
 
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+def data(generator, samples, features, targets):
+    return generator.normal(size=(samples, features)), generator.normal(size=(samples, targets))
 
 
-def labelled(generator, samples, features, classes):
-    return generator.normal(size=(samples, features)), generator.integers(classes, size=samples)
+def squared_loss(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
 
 
 def tanh_network(generator):
     """64 samples of 64 features, a 64-48-48-10 network, cross-entropy."""
-    inputs, labels = labelled(generator, 64, 64, 10)
+    inputs = generator.normal(size=(64, 64))
+    labels = np.eye(10)[generator.integers(10, size=64)]
 
     def value_fn(params):
         hidden = jnp.tanh(affine(params[0], inputs))
         hidden = jnp.tanh(affine(params[1], hidden))
-        return cross_entropy(affine(params[2], hidden), labels)
+        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(affine(params[2], hidden)), axis=1))
 
     return value_fn, weights(generator, 64, 48, 48, 10)
 
 
 def layer_norm(generator):
-    inputs, labels = labelled(generator, 12, 6, 3)
+    inputs, targets = data(generator, 12, 6, 3)
 
     def value_fn(params):
         hidden = affine(params["layers"][0], inputs)
         centred = hidden - jnp.mean(hidden, axis=1, keepdims=True)
         spread = jnp.sqrt(jnp.mean(centred**2, axis=1, keepdims=True) + 1e-5)
         hidden = jnp.tanh(params["gain"][None] * centred / spread)
-        return cross_entropy(affine(params["layers"][1], hidden), labels)
+        return squared_loss(affine(params["layers"][1], hidden), targets)
 
     return value_fn, {"layers": weights(generator, 6, 8, 3), "gain": jnp.linspace(0.5, 1.5, 8)}
 
 
 def dropout(generator):
-    inputs, labels = labelled(generator, 12, 6, 3)
+    inputs, targets = data(generator, 12, 6, 3)
     key = jax.random.key(0)
 
     def value_fn(params):
         hidden = jnp.tanh(affine(params[0], inputs))
         kept = jax.random.bernoulli(key, 0.7, hidden.shape)
-        return cross_entropy(affine(params[1], jnp.where(kept, hidden / 0.7, 0)), labels)
+        return squared_loss(affine(params[1], jnp.where(kept, hidden / 0.7, 0)), targets)
 
     return value_fn, weights(generator, 6, 8, 3)
 
 
 def attention(generator):
     """Two heads of causal attention with a residual connection."""
-    inputs = generator.normal(size=(2, 5, 8))
-    targets = generator.normal(size=(2, 5, 8))
+    inputs, targets = generator.normal(size=(2, 2, 5, 8))
 
     def value_fn(params):
         query, key, value = (
@@ -91,74 +91,83 @@ def attention(generator):
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2
-        causal = jnp.tril(jnp.ones((5, 5), dtype=bool))[None, None]
+        causal = np.tril(np.ones((5, 5), dtype=bool))[None, None]
         shares = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
         mixed = jnp.reshape(jnp.einsum("bhqk,bkhd->bqhd", shares, value), (2, 5, 8))
-        outputs = inputs + jnp.einsum("bti,ij->btj", mixed, params["out"])
-        return jnp.mean((outputs - targets) ** 2)
+        return squared_loss(inputs + jnp.einsum("bti,ij->btj", mixed, params["out"]), targets)
 
     names = ("query", "key", "value", "out")
     return value_fn, {name: jnp.asarray(generator.normal(size=(8, 8)) / 2) for name in names}
 
 
 def scan(generator):
-    inputs, labels = labelled(generator, 12, 4, 3)
+    inputs, targets = data(generator, 12, 4, 5)
 
     def value_fn(params):
         def layer(hidden, _):
             return jnp.tanh(affine(params[1], hidden)), None
 
         hidden, _ = jax.lax.scan(layer, affine(params[0], inputs), None, length=3)
-        return cross_entropy(affine(params[2], hidden), labels)
+        return squared_loss(hidden, targets)
 
-    return value_fn, weights(generator, 4, 5, 5, 3)
+    return value_fn, weights(generator, 4, 5, 5)
 
 
 def remat(generator):
-    inputs, labels = labelled(generator, 12, 4, 3)
+    inputs, targets = data(generator, 12, 4, 3)
 
     def value_fn(params):
         block = jax.checkpoint(lambda layer, hidden: jnp.tanh(affine(layer, hidden)))
-        return cross_entropy(affine(params[1], block(params[0], inputs)), labels)
+        return squared_loss(affine(params[1], block(params[0], inputs)), targets)
 
     return value_fn, weights(generator, 4, 5, 3)
 
 
 def cond(generator):
-    inputs, labels = labelled(generator, 12, 4, 3)
+    inputs, targets = data(generator, 12, 4, 3)
 
     def value_fn(params):
         hidden = affine(params[0], inputs)
-        positive = jnp.sum(params[0][1]) ** 2 > -1
-        hidden = jax.lax.cond(positive, jnp.tanh, jnp.sin, hidden)
-        return cross_entropy(affine(params[1], hidden), labels)
+        first = jnp.sum(params[0][1]) ** 2 > -1
+        hidden = jax.lax.cond(first, jnp.tanh, lambda x: 2 * x, hidden)
+        return squared_loss(affine(params[1], hidden), targets)
 
     return value_fn, weights(generator, 4, 5, 3)
 
 
 class Case(NamedTuple):
-    """An objective with its dense derivatives."""
+    """What the dense Hessian says, and what was measured."""
 
-    value_fn: Callable
-    params: Any
-    direction: Any
-    gradient: np.ndarray
-    hessian: np.ndarray
+    columns: np.ndarray
     expected: list[float]
+    measured: dict[str, tuple[float, ...]]
+    products: np.ndarray
 
 
 OBJECTIVES = (tanh_network, layer_norm, dropout, attention, scan, remat, cond)
 
 
 @pytest.fixture(scope="module", params=OBJECTIVES, ids=lambda build: build.__name__)
-def case(request, strict_jax):
+def case(request, strict_jax, quick_compilation):
     """One objective, with a random direction."""
     value_fn, params = request.param(np.random.default_rng(0))
     direction = random_like(params, seed=1)
     value, gradient, hessian = dense(value_fn, params)
     u = flat(direction)
     expected = [value, gradient @ u, u @ hessian @ u]
-    return Case(value_fn, params, direction, gradient, hessian, expected)
+
+    columns = np.arange(0, len(gradient), max(1, len(gradient) // 40))
+    _, unravel = ravel_pytree(params)
+
+    @jax.jit
+    def everything(params, direction, unit):
+        by_method = {m: measure(value_fn, params, direction, curvature=m)[:3] for m in ALL}
+        product = hvp(value_fn, params)
+        return by_method, jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0])(unit)
+
+    unit = np.eye(len(gradient))[columns]
+    by_method, products = everything(params, direction, unit)
+    return Case(hessian[columns], expected, jax.tree.map(float, by_method), np.asarray(products))
 
 
 def measured(value_fn, params, direction, method):
@@ -169,29 +178,17 @@ def measured(value_fn, params, direction, method):
 
 @exact_methods
 def test_exact_methods_match_the_dense_hessian(case, method):
-    got = measured(case.value_fn, case.params, case.direction, method)
-    assert got == pytest.approx(case.expected, rel=1e-10)
+    assert case.measured[method] == pytest.approx(case.expected, rel=1e-10)
 
 
 def test_finite_difference_matches_within_its_error(case):
     """The displacement h ~ eps**(1/3) |w| leaves errors of order h**2 and eps/h, both ~ 1e-10."""
-    got = measured(case.value_fn, case.params, case.direction, "finite_difference")
-    assert got == pytest.approx(case.expected, rel=1e-7)
+    assert case.measured["finite_difference"] == pytest.approx(case.expected, rel=1e-7)
 
 
 def test_hvp_gives_the_columns_of_the_dense_hessian(case):
-    columns = np.arange(0, len(case.gradient), max(1, len(case.gradient) // 40))
-    _, unravel = ravel_pytree(case.params)
-
-    @jax.jit
-    @jax.vmap
-    def product(unit):
-        return ravel_pytree(hvp(case.value_fn, case.params)(unravel(unit)))[0]
-
-    unit = jnp.asarray(np.eye(len(case.gradient))[columns])
-    np.testing.assert_allclose(
-        product(unit), case.hessian[columns], rtol=0, atol=1e-12 * np.abs(case.hessian).max()
-    )
+    atol = 1e-12 * np.abs(case.columns).max()
+    np.testing.assert_allclose(case.products, case.columns, rtol=0, atol=atol)
 
 
 def test_finite_difference_errs_with_the_square_of_its_step():
@@ -199,25 +196,31 @@ def test_finite_difference_errs_with_the_square_of_its_step():
     params, direction, space = jnp.linspace(-1, 1, 5), jnp.linspace(0.5, 1, 5), TreeSpace()
     exact = float(jnp.sum(params**2 * direction**2))
     for step in (1e-2, 1e-3):
-        product = cdat_core.finite_difference_hvp(
-            jax.grad(lambda w: jnp.sum(w**4) / 12), params, step=step, space=space
-        )
+        gradient = jax.jit(lambda w: w**3 / 3)
+        product = cdat_core.finite_difference_hvp(gradient, params, step=step, space=space)
         h = step * np.linalg.norm(params) / np.linalg.norm(direction)
         error = float(space.vdot(direction, product(direction))) - exact
         assert error == pytest.approx(h**2 * float(jnp.sum(direction**4)) / 3, rel=1e-4)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def rounded(request, strict_jax):
+def rounded(request, strict_jax, quick_compilation):
     """A rounded point with the negative gradient as direction, and the values in float64."""
     value_fn, params = tanh_network(np.random.default_rng(0))
-    low = jax.tree.map(lambda x: x.astype(request.param), params)
-    high = jax.tree.map(lambda x: x.astype(jnp.float64), low)
-    direction = jax.tree.map(
-        lambda g: (-g).astype(request.param), jax.jit(jax.grad(value_fn))(high)
-    )
-    exact = jax.tree.map(lambda u: u.astype(jnp.float64), direction)
-    return request.param, value_fn, low, direction, measured(value_fn, high, exact, "hvp")
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    @jax.jit
+    def reference(params):
+        low = cast(params, request.param)
+        high = cast(low, jnp.float64)
+        direction = cast(jax.tree.map(jnp.negative, jax.grad(value_fn)(high)), request.param)
+        expected = measure(value_fn, high, cast(direction, jnp.float64), curvature="hvp")[:3]
+        return low, direction, expected
+
+    low, direction, expected = reference(params)
+    return request.param, value_fn, low, direction, [float(x) for x in expected]
 
 
 @exact_methods
@@ -239,8 +242,7 @@ def test_finite_difference_in_float32(rounded):
 
 
 def test_without_float64_the_scalars_are_float32(single_precision):
-    value_fn, params = layer_norm(np.random.default_rng(0))
-    got = measure(value_fn, params, random_like(params, seed=1))
+    got = measure(quartic, jnp.ones(3), jnp.ones(3))
     assert {field.dtype for field in got[:3]} == {jnp.dtype("float32")}
 
 
@@ -257,13 +259,20 @@ def test_python_numbers_are_parameters():
         assert [float(field) for field in got[:3]] == pytest.approx([8.0, 6.0, 3.0])
 
 
+def quartic(params):
+    return jnp.sum(params**4) + jnp.sum(params[:1] * params**2)
+
+
 def test_directions_can_be_batched():
-    value_fn, params = layer_norm(np.random.default_rng(0))
-    directions = [random_like(params, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
-    batched = jax.jit(jax.vmap(functools.partial(measure, value_fn, params)))(stacked)
-    single = [measure(value_fn, params, direction).curvature for direction in directions]
-    np.testing.assert_allclose(batched.curvature, np.asarray(single), rtol=1e-12)
+    params, directions = jnp.linspace(-1, 1, 4), jnp.asarray(np.eye(4) + 1)
+
+    @jax.jit
+    def curvatures(directions):
+        along = lambda direction: measure(quartic, params, direction).curvature
+        return jax.vmap(along)(directions), jnp.stack([along(u) for u in directions])
+
+    batched, single = curvatures(directions)
+    np.testing.assert_allclose(batched, single, rtol=1e-14)
 
 
 def with_custom_vjp(function, forward, backward):
@@ -294,23 +303,28 @@ custom = pytest.mark.parametrize(("function", "plain"), list(CUSTOM.values()), i
 
 
 def applied(function):
-    """An objective that applies `function` to the parameters themselves and to what they make."""
-    inputs = np.random.default_rng(0).normal(size=(6, 3))
-    return lambda w: jnp.sum(jnp.cos(function(inputs @ function(w))))
+    """An objective that applies `function` to the parameters and to what is made of them."""
+    return lambda w: jnp.sum(jnp.cos(function(w[::-1] * function(w))))
 
 
 @custom
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("method", ["auto", "hvp", "finite_difference"])
-def test_custom_vjp_is_measured_by_reverse_mode(function, plain, method, compiled):
+def test_custom_vjp_is_measured_by_reverse_mode(function, plain, compiled):
     """The linear one keeps no residuals, so that a jvp of a jvp fails only when compiled."""
     params, direction = jnp.linspace(0.1, 1, 3), jnp.linspace(-1, 1, 3)
-    for first in (applied, lambda f: lambda w: jnp.sum(f(w) ** 3)):
-        expected = measured(first(plain), params, direction, "forward")
-        measuring = functools.partial(measure, first(function), curvature=method)
-        got = (jax.jit(measuring) if compiled else measuring)(params, direction)
-        tolerance = 1e-7 if method == "finite_difference" else 1e-12
-        assert [float(field) for field in got[:3]] == pytest.approx(expected, rel=tolerance)
+    expected = measured(applied(plain), params, direction, "forward")
+    measuring = functools.partial(measure, applied(function))
+    got = (jax.jit(measuring) if compiled else measuring)(params, direction)
+    assert [float(field) for field in got[:3]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_straight_through_parameters_are_measured_by_reverse_mode():
+    """A custom_vjp of the parameters themselves, as in quantised training."""
+    function, _ = CUSTOM["linear"]
+    params, direction = jnp.linspace(0.1, 1, 3), jnp.linspace(-1, 1, 3)
+    got = measured(lambda w: jnp.sum(function(w) ** 2), params, direction, "auto")
+    expected = [4 * params @ params, 8 * params @ direction, 8 * direction @ direction]
+    assert got == pytest.approx([float(x) for x in expected])
 
 
 @custom
@@ -380,7 +394,7 @@ def joined(parts):
 
 
 @pytest.fixture(scope="module")
-def complex_case(strict_jax):
+def complex_case(strict_jax, quick_compilation):
     """Parameters, direction, and the dense derivatives over real and imaginary parts."""
     params = random_like({"z": jnp.zeros(3, dtype=complex), "x": jnp.zeros(2)}, seed=0)
     direction = random_like(params, seed=1)
@@ -399,22 +413,19 @@ def test_complex_parameters_count_as_real_and_imaginary_parts(complex_case, meth
 
 def test_complex_hvp_is_the_symmetric_operator_of_the_space(complex_case):
     params, direction, _, _, hessian = complex_case
-    product = hvp(complex_objective, params)(direction)
+    product = jax.jit(lambda p, v: hvp(complex_objective, p)(v))(params, direction)
     np.testing.assert_allclose(flat(split(product)), hessian @ flat(split(direction)), rtol=1e-12)
-    curvature = cdat_core.directional_curvature(
-        hvp(complex_objective, params), direction, space=TreeSpace()
-    )
-    expected = measure(complex_objective, params, direction).curvature
-    assert float(curvature) == pytest.approx(float(expected), rel=1e-12)
+    measurement = cdat_core.measure(0.0, direction, lambda _: product, direction, space=TreeSpace())
+    expected = measured(complex_objective, params, direction, "auto")[2]
+    assert float(measurement.curvature) == pytest.approx(expected, rel=1e-12)
 
 
 @all_methods
 def test_zero_direction_gives_zeros(method):
-    loss, params, batch = network()
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    value, slope, curvature = measured(lambda p: loss(p, batch), params, zeros, method)
+    params = jnp.linspace(-1, 1, 4)
+    value, slope, curvature = measured(quartic, params, jnp.zeros(4), method)
     assert (slope, curvature) == (0.0, 0.0)
-    assert value == pytest.approx(float(loss(params, batch)))
+    assert value == pytest.approx(float(quartic(params)))
 
 
 @all_methods

@@ -41,7 +41,7 @@ class Backend:
 
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
-        return [name for name in self.requires if importlib.util.find_spec(name) is None]
+        return [name for name in self.requires if not _installed(name)]
 
     def versions(self) -> dict[str, str]:
         """Return the installed version of each package."""
@@ -51,9 +51,7 @@ class Backend:
         """Return one phrase: the version, or how to install it."""
         missing = self.missing()
         if missing:
-            return (
-                f'{self.name}: {", ".join(missing)} not installed (pip install "cdat[{self.name}]")'
-            )
+            return f'{" and ".join(missing)} not installed (pip install "cdat[{self.name}]")'
         return ", ".join(f"{name} {version}" for name, version in self.versions().items())
 
 
@@ -64,6 +62,13 @@ BACKENDS = {
         Backend("torch", "PyTorch", ("torch",)),
     )
 }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # hidden by an import hook, or half imported
+        return False
 
 
 def available() -> list[Backend]:

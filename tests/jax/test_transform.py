@@ -1,0 +1,445 @@
+"""The transformation in a training loop: swapped for Optax's searches, jitted, scanned, mapped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cdat_core
+from cdat_core import linesearch, tuners
+from cdat_jax import ScaleByTunerState, cdat, scale_by_cdat, scale_by_tuner
+from tests.jax.problems import factors, quadratic, same, stepper, train
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OURS = {
+    "cdat": lambda: scale_by_cdat(sigma=1.0),
+    "cdat-every": lambda: scale_by_cdat(sigma=1.0, every=3),
+    "constant": lambda: scale_by_tuner(tuners.constant(0.02)),
+    "backtracking": lambda: scale_by_tuner(linesearch.backtracking()),
+}
+ours = pytest.mark.parametrize("build", list(OURS.values()), ids=list(OURS))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [lambda: optax.scale_by_backtracking_linesearch(50), *OURS.values()],
+    ids=["optax", *OURS],
+)
+def test_the_same_loop_runs_with_optax_and_with_ours(search):
+    """The one-line swap: only the second member of the chain differs."""
+    loss, params, batch = factors()
+    trajectory = train(optax.chain(optax.sgd(1.0), search()), loss, params, 30, batch=batch)
+    assert loss(trajectory[-1][0], batch) < 0.6 * loss(params, batch)
+    assert all(0 < state[1].learning_rate < np.inf for _, state in trajectory)
+
+
+def test_backtracking_takes_the_steps_of_optax():
+    """With the same constants and no allowance for rounding the rules are the same."""
+    loss, params, batch = factors()
+    search = linesearch.backtracking(max_step_size=1.0, value_rtol=0.0)
+    theirs = optax.scale_by_backtracking_linesearch(50)
+    both = [
+        train(optax.chain(optax.sgd(4.0), second), loss, params, 15, batch=batch)
+        for second in (scale_by_tuner(search), theirs)
+    ]
+    rates = [[float(state[1].learning_rate) for _, state in run] for run in both]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    assert len(set(rates[0])) > 3
+
+
+@ours
+def test_a_hundred_steps_compile_once(build):
+    loss, params, batch = factors(jnp.float32)
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss(params, batch)
+
+    solver = optax.chain(optax.adam(1.0), build())
+    step, state = stepper(solver, counted), solver.init(params)
+    params, state = step(params, state, batch=batch)
+    first = len(traces)
+    for _ in range(99):
+        params, state = step(params, state, batch=batch)
+    assert len(traces) == first
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("base", [optax.sgd(1.0), optax.adam(1.0)], ids=["sgd", "adam"])
+def test_sigma_one_steps_to_the_minimum_along_the_update(base):
+    loss, params, hessian, minimiser = quadratic()
+    ((after, state),) = train(optax.chain(base, scale_by_cdat(sigma=1.0)), loss, params, 1)
+    gradient, moved = hessian @ (after - minimiser), after - params
+    length = np.linalg.norm(gradient) * np.linalg.norm(moved)
+    assert abs(gradient @ moved) < 1e-13 * length
+    assert float(loss(after)) < float(loss(params))
+    assert float(state[1].info.value) == pytest.approx(float(loss(params)), rel=1e-14)
+
+
+def test_sigma_two_returns_to_the_same_loss():
+    loss, params, _, _ = quadratic()
+    ((after, _),) = train(optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0)), loss, params, 1)
+    assert float(loss(after)) == pytest.approx(float(loss(params)), rel=1e-12)
+    assert not np.allclose(after, params)
+
+
+def test_complex_parameters_train_as_their_real_and_imaginary_parts():
+    """JAX's gradient of a complex parameter is the conjugate of the descent direction."""
+    weights, target = np.linspace(1, 4, 3), np.asarray([1 + 1j, -2j, 0.5])
+    loss = lambda z: jnp.sum(weights * jnp.abs(z - target) ** 2)
+    parts = lambda p: loss(p[0] + 1j * p[1])
+    conjugate = optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates))
+    z = jnp.asarray([0.1 + 0j, 1.0 - 1j, 2j])
+    for second in (scale_by_cdat(sigma=1.0), scale_by_tuner(linesearch.backtracking())):
+        solver = optax.chain(conjugate, optax.sgd(1.0), second)
+        as_complex = train(solver, loss, z, 5)
+        as_real = train(solver, parts, jnp.stack([z.real, z.imag]), 5)
+        for (left, state), (right, expected) in zip(as_complex, as_real, strict=True):
+            np.testing.assert_allclose(left, right[0] + 1j * right[1], rtol=1e-12, atol=1e-13)
+            np.testing.assert_allclose(state[2].learning_rate, expected[2].learning_rate)
+            assert state[2].learning_rate.dtype == jnp.float64
+
+
+COMPOSITIONS = {
+    "chain": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat()),
+    "nested": lambda: optax.chain(optax.chain(optax.identity(), optax.sgd(1.0)), scale_by_cdat()),
+    "named_chain": lambda: optax.named_chain(("base", optax.sgd(1.0)), ("tune", scale_by_cdat())),
+    "multi_transform": lambda: optax.chain(
+        optax.multi_transform(
+            {"a": optax.sgd(1.0), "b": optax.sgd(1.0)}, {"inner": "a", "outer": "b"}
+        ),
+        scale_by_cdat(),
+    ),
+    "scaled-after": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat(), optax.scale(1.0)),
+    "inject_hyperparams": lambda: optax.chain(
+        optax.sgd(1.0),
+        optax.inject_hyperparams(scale_by_cdat, static_args=("every",))(sigma=2.0),
+    ),
+    "cdat": lambda: cdat(optax.sgd(1.0)),
+}
+
+
+@pytest.mark.parametrize("build", list(COMPOSITIONS.values()), ids=list(COMPOSITIONS))
+def test_compositions_of_optax_give_the_same_steps(build):
+    loss, params, batch = factors()
+    trajectory = train(build(), loss, params, 3, batch=batch)
+    expected = train(COMPOSITIONS["chain"](), loss, params, 3, batch=batch)
+    for (left, _), (right, _) in zip(trajectory, expected, strict=True):
+        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_frozen_parameters_stay_and_the_others_are_tuned():
+    loss, params, batch = factors()
+    base = optax.multi_transform(
+        {"train": optax.adam(1.0), "freeze": optax.set_to_zero()},
+        {"inner": "freeze", "outer": "train"},
+    )
+    trajectory = train(optax.chain(base, scale_by_cdat(sigma=1.0)), loss, params, 5, batch=batch)
+    trained = trajectory[-1][0]
+    assert same(trained["inner"], params["inner"])
+    assert loss(trained, batch) < loss(params, batch)
+
+
+def extras_seen(value_fn, **extra):
+    """Update once; return nothing (`value_fn` records what it is given)."""
+    params = jnp.ones(2)
+    solver = optax.chain(optax.sgd(1.0), scale_by_cdat())
+    solver.update(
+        params, solver.init(params), params, value=1.0, grad=params, value_fn=value_fn, **extra
+    )
+
+
+def test_an_objective_gets_the_extra_arguments_that_it_names():
+    seen = []
+
+    def positional(params, batch, weight=2.0):
+        seen.append((batch, weight))
+        return jnp.sum(params**2)
+
+    def keyword(params, *, batch):
+        seen.append(batch)
+        return jnp.sum(params**2)
+
+    def everything(params, **extra):
+        seen.append(extra)
+        return jnp.sum(params**2)
+
+    def nothing(params):
+        seen.append(())
+        return jnp.sum(params**2)
+
+    def first(value_fn):
+        seen.clear()
+        extras_seen(value_fn, batch=7, unrelated="x")
+        return seen[0]
+
+    assert first(positional) == (7, 2.0)
+    assert first(keyword) == 7
+    assert first(everything) == {"batch": 7, "unrelated": "x"}
+    assert first(nothing) == ()
+    assert first(functools.partial(positional, weight=3.0)) == (7, 3.0)
+    assert first(functools.partial(keyword, batch=8)) == 7
+
+
+def test_a_jitted_objective_gets_the_extra_arguments_that_it_names():
+    compiled = jax.jit(lambda params, batch: jnp.sum(batch * params**2))
+    params = jnp.ones(2)
+    solver = scale_by_cdat(sigma=1.0)
+    _, state = solver.update(
+        -params, solver.init(params), params,
+        value=1.0, grad=params, value_fn=compiled, batch=4.0, unrelated=1.0,
+    )  # fmt: skip
+    assert float(state.learning_rate) == 2 / 16
+
+
+def test_an_objective_that_misses_an_argument_says_so():
+    with pytest.raises(TypeError, match="batch"):
+        extras_seen(lambda params, batch: jnp.sum(params**2) * batch, bacth=1.0)
+
+
+@ours
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64", "complex128"])
+def test_structure_shapes_and_dtypes_of_the_state_are_fixed(build, dtype):
+    params = {"a": jnp.ones((2, 3), dtype=dtype), "b": (jnp.ones(4, dtype=dtype),)}
+
+    def value_fn(params):
+        return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(params))
+
+    for solver in (build(), optax.chain(optax.adam(1.0), build())):
+        state = jax.eval_shape(solver.init, params)
+        updates, after = jax.eval_shape(
+            lambda s, solver=solver: solver.update(
+                params, s, params, value=value_fn(params), grad=params, value_fn=value_fn
+            ),
+            state,
+        )
+        assert after == state
+        assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
+    rate = jax.eval_shape(build().init, params).learning_rate.dtype
+    assert rate == jnp.dtype("float64" if dtype in {"float64", "complex128"} else "float32")
+
+
+def test_without_float64_the_state_is_of_32_bits(single_precision):
+    loss, params, batch = factors()
+    ((after, state),) = train(cdat(optax.adam(1.0)), loss, params, 1, batch=batch)
+    wide = {leaf.dtype for leaf in jax.tree.leaves((after, state))}
+    assert wide == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_bfloat16_parameters_are_tuned_in_float32():
+    loss, params, batch = factors(jnp.bfloat16)
+    ((_, state),) = train(
+        optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0)), loss, params, 1, batch=batch
+    )
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    ((_, expected),) = train(
+        optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0)), loss, exact, 1, batch=batch
+    )
+    rate, wanted = state[1].learning_rate, float(expected[1].learning_rate)
+    assert rate.dtype == jnp.float32
+    assert float(rate) == pytest.approx(wanted, rel=0.05)
+    assert float(rate) != float(rate.astype(jnp.bfloat16))
+
+
+@ours
+def test_scan_equals_the_loop_bit_for_bit(build):
+    loss, params, batch = factors()
+    solver = optax.chain(optax.adam(1.0), build())
+    step, state = stepper(solver, loss), solver.init(params)
+    looped = train(solver, loss, params, 8, batch=batch)[-1]
+
+    @jax.jit
+    def scanned(params, state):
+        body = lambda carry, _: (step(*carry, batch=batch), None)
+        return jax.lax.scan(body, (params, state), length=8)[0]
+
+    assert same(scanned(params, state), looped)
+
+
+def test_mapping_over_sigma_equals_separate_runs():
+    loss, params, batch = factors()
+    sigmas = jnp.asarray([0.5, 1.0, 1.9])
+
+    @jax.jit
+    def run(sigma):
+        solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=sigma))
+        step = stepper(solver, loss)
+        body = lambda carry, _: (step(*carry, batch=batch), None)
+        return jax.lax.scan(body, (params, solver.init(params)), length=5)[0]
+
+    mapped = jax.vmap(run)(sigmas)
+    for index, sigma in enumerate(sigmas):
+        single = run(sigma)
+        for x, y in zip(jax.tree.leaves(mapped), jax.tree.leaves(single), strict=True):
+            np.testing.assert_allclose(x[index], y, rtol=1e-10, atol=1e-12)
+
+
+@ours
+def test_params_and_state_can_be_donated(build):
+    """Also what an update outside of jit returns, and the caller's own arrays stay alive."""
+    loss, params, batch = factors()
+    solver = optax.chain(optax.sgd(1.0), build())
+    expected = train(solver, loss, params, 3, batch=batch)[-1]
+    donating = stepper(solver, loss, donate_argnums=(0, 1))
+    donated, state = jax.tree.map(jnp.copy, params), solver.init(params)
+    for _ in range(3):
+        donated, state = donating(donated, state, batch=batch)
+    assert same((donated, state), expected)
+
+    solver, params = build(), jnp.ones(2)
+    value = jnp.asarray(1.0)
+    _, state = solver.update(
+        -params, solver.init(params), params,
+        value=value, grad=params, value_fn=lambda w: jnp.sum(w**2),
+    )  # fmt: skip
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, value))]
+    assert len(set(buffers)) == len(buffers)
+
+
+def observed(loss):
+    """Return `loss` as an objective that notes the ``step`` at which it is evaluated."""
+    seen = set()
+
+    def value_fn(params, batch, step):
+        jax.debug.callback(lambda step: seen.add(int(step)), step)
+        return loss(params, batch)
+
+    return value_fn, seen
+
+
+def measured_steps(solver, factors):
+    """Train with the loss multiplied by `factors`; return the steps measured and the rates."""
+    loss, params, batch = factors()
+    value_fn, seen = observed(loss)
+
+    @jax.jit
+    def step(params, state, index, factor):
+        value, grad = jax.value_and_grad(loss)(params, batch)
+        updates, state = solver.update(
+            grad, state, params,
+            value=factor * value, grad=grad, value_fn=value_fn, batch=batch, step=index,
+        )  # fmt: skip
+        return optax.apply_updates(params, updates), state
+
+    state, rates = solver.init(params), []
+    for index, factor in enumerate(factors):
+        params, state = step(params, state, index, factor)
+        rates.append(float(state[1].learning_rate))
+    jax.effects_barrier()
+    return seen, rates
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_curvature_is_measured_every_so_many_steps_and_held_between(every):
+    solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0, every=every))
+    seen, rates = measured_steps(solver, np.ones(10))
+    assert seen == set(range(0, 10, every))
+    assert all(rates[index] == rates[index - index % every] > 0 for index in range(10))
+    assert len(set(rates)) == len(seen)
+
+
+def test_curvature_is_measured_at_once_after_a_skip():
+    solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0, every=4))
+    factors = np.ones(12)
+    factors[[2, 7]] = np.nan
+    seen, rates = measured_steps(solver, factors)
+    # 0 and its hold at 1, the skip at 2, 3 and its hold, a skip where 7 was due, 8 and its hold
+    assert seen == {0, 3, 7, 8}
+    assert [index for index, rate in enumerate(rates) if rate == 0] == [2, 7]
+    assert rates[3] == rates[4] == rates[5] == rates[6] != rates[1]
+    assert rates[8] == rates[9] == rates[10] == rates[11] != rates[6]
+
+
+def test_a_tuner_that_needs_no_curvature_does_not_pay_for_it():
+    solver = optax.chain(optax.sgd(1.0), scale_by_tuner(tuners.constant(0.1)))
+    seen, rates = measured_steps(solver, np.ones(3))
+    assert seen == set()
+    assert rates == [0.1] * 3
+
+
+@pytest.mark.parametrize("base", [optax.sgd, optax.adam, optax.rmsprop])
+def test_constant_tuner_is_plain_optax(base):
+    loss, params, batch = factors()
+    tuned = optax.chain(base(1.0), scale_by_tuner(tuners.constant(0.03)))
+    plain = optax.with_extra_args_support(base(0.03))
+    left = train(tuned, loss, params, 5, batch=batch)[-1][0]
+    right = train(plain, loss, params, 5, batch=batch)[-1][0]
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_max_ulp(x, y, maxulp=4)
+
+
+def test_scheduled_tuner_is_plain_optax():
+    """In float32, the precision in which Optax evaluates a schedule."""
+    loss, params, batch = factors(jnp.float32)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10)
+    tuned = optax.chain(optax.sgd(1.0), scale_by_tuner(tuners.scheduled(schedule)))
+    plain = optax.with_extra_args_support(optax.sgd(schedule))
+    left = train(tuned, loss, params, 10, batch=batch)
+    right = train(plain, loss, params, 10, batch=batch)
+    rates = [float(state[1].learning_rate) for _, state in left]
+    assert rates == pytest.approx([float(schedule(step)) for step in range(10)], rel=1e-6)
+    for x, y in zip(jax.tree.leaves(left[-1][0]), jax.tree.leaves(right[-1][0]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_backtracking_equals_the_core_search_driven_by_hand():
+    """And the Armijo condition holds where it stops."""
+    loss, params, hessian, minimiser = quadratic()
+    search = linesearch.backtracking(initial_step_size=8.0, decrease_factor=0.7)
+    solver = optax.chain(optax.sgd(1.0), scale_by_tuner(search))
+    w, previous = np.asarray(params), None
+
+    def value_at(point):
+        return 0.5 * (point - minimiser) @ (hessian @ (point - minimiser))
+
+    for after, state in train(solver, loss, params, 8):
+        gradient = hessian @ (w - minimiser)
+        slope = np.asarray(-gradient @ gradient)
+        measurement = cdat_core.Measurement(np.asarray(value_at(w)), slope, None)
+        trial = search.init(measurement, np.zeros(()), previous)
+        while not trial.done:
+            trial = search.tell(trial, np.asarray(value_at(w - trial.step_size * gradient)))
+        rate = float(state[1].learning_rate)
+        assert rate == pytest.approx(float(trial.step_size), rel=1e-12)
+        assert int(state[1].tuner_state.trials) == int(trial.trials)
+        assert not state[1].tuner_state.failed
+        bound = value_at(w) + 1e-4 * rate * slope
+        assert value_at(np.asarray(after)) <= bound + 4e-16 * abs(value_at(w))
+        w, previous = np.asarray(after), trial.step_size
+
+
+def test_first_guess_of_a_search_grows_from_the_last_step():
+    loss, params, _, _ = quadratic()
+    search = linesearch.backtracking(initial_step_size=1e-4, increase_factor=1.5)
+    trajectory = train(optax.chain(optax.sgd(1.0), scale_by_tuner(search)), loss, params, 6)
+    rates = [float(state[1].learning_rate) for _, state in trajectory]
+    assert rates == pytest.approx([1e-4 * 1.5**step for step in range(6)], rel=1e-12)
+    assert all(int(state[1].tuner_state.trials) == 1 for _, state in trajectory)
+
+
+@ours
+@pytest.mark.parametrize("base", [optax.sgd(1.0), optax.adam(1.0)], ids=["sgd", "adam"])
+def test_zero_gradient_moves_nothing_and_is_no_fault(build, base):
+    loss, _, _, minimiser = quadratic()
+    trajectory = train(optax.chain(base, build()), loss, jnp.asarray(minimiser), 2)
+    for params, state in trajectory:
+        np.testing.assert_array_equal(params, minimiser)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+        assert int(state[1].info.skipped) == 0
+
+
+def test_state_shows_the_last_measurement():
+    loss, params, hessian, minimiser = quadratic()
+    ((_, (_, state)),) = train(optax.chain(optax.sgd(1.0), scale_by_cdat()), loss, params, 1)
+    gradient = hessian @ (np.asarray(params) - minimiser)
+    assert isinstance(state, ScaleByTunerState)
+    assert float(state.info.value) == pytest.approx(float(loss(params)))
+    assert float(state.info.slope) == pytest.approx(-gradient @ gradient)
+    assert float(state.info.curvature) == pytest.approx(gradient @ hessian @ gradient)
+    assert float(optax.tree.get(state, "curvature")) == float(state.info.curvature)
