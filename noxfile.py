@@ -91,7 +91,7 @@ def parity(session: nox.Session) -> None:
 def lab(session: nox.Session) -> None:
     """Test the reproduction suite and its command line."""
     install(session, ".[all]", "test")
-    pytest(session, "tests/lab")
+    pytest(session, "tests/lab", workers=0)  # the comparison brings its own processes
 
 
 @nox.session

@@ -255,11 +255,11 @@ def test_scan_equals_the_loop_bit_for_bit(build):
     looped = train(solver, loss, params, 8, batch=batch)[-1]
 
     @jax.jit
-    def scanned(params, state):
+    def scanned(params, state, batch):
         body = lambda carry, _: (step(*carry, batch=batch), None)
         return jax.lax.scan(body, (params, state), length=8)[0]
 
-    assert same(scanned(params, state), looped)
+    assert same(scanned(params, state, batch), looped)
 
 
 def test_mapping_over_sigma_equals_separate_runs():
@@ -313,23 +313,23 @@ def observed(loss):
     return value_fn, seen
 
 
-def measured_steps(solver, factors):
-    """Train with the loss multiplied by `factors`; return the steps measured and the rates."""
+def measured_steps(solver, scales):
+    """Train with the values multiplied by `scales`; return the steps measured and the rates."""
     loss, params, batch = factors()
     value_fn, seen = observed(loss)
 
     @jax.jit
-    def step(params, state, index, factor):
+    def step(params, state, index, scale):
         value, grad = jax.value_and_grad(loss)(params, batch)
         updates, state = solver.update(
             grad, state, params,
-            value=factor * value, grad=grad, value_fn=value_fn, batch=batch, step=index,
+            value=scale * value, grad=grad, value_fn=value_fn, batch=batch, step=index,
         )  # fmt: skip
         return optax.apply_updates(params, updates), state
 
     state, rates = solver.init(params), []
-    for index, factor in enumerate(factors):
-        params, state = step(params, state, index, factor)
+    for index, scale in enumerate(scales):
+        params, state = step(params, state, index, scale)
         rates.append(float(state[1].learning_rate))
     jax.effects_barrier()
     return seen, rates
@@ -346,9 +346,9 @@ def test_curvature_is_measured_every_so_many_steps_and_held_between(every):
 
 def test_curvature_is_measured_at_once_after_a_skip():
     solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0, every=4))
-    factors = np.ones(12)
-    factors[[2, 7]] = np.nan
-    seen, rates = measured_steps(solver, factors)
+    scales = np.ones(12)
+    scales[[2, 7]] = np.nan
+    seen, rates = measured_steps(solver, scales)
     # 0 and its hold at 1, the skip at 2, 3 and its hold, a skip where 7 was due, 8 and its hold
     assert seen == {0, 3, 7, 8}
     assert [index for index, rate in enumerate(rates) if rate == 0] == [2, 7]

@@ -97,8 +97,8 @@ def train_torch(base: str, rule: Any, dtype: type[np.floating], steps: int) -> n
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_agree_over_fifty_steps_in_float64(base: str, rule: str) -> None:
-    # Rounding differs at 1e-16 a step. Neither sigma <= 1.5 nor a line search whose upper bound keeps
-    # it from overshooting amplifies that beyond 1e-9 in 50 steps.
+    # Rounding differs at 1e-16 a step. Neither sigma <= 1.5 nor a line search with an upper
+    # bound amplifies that beyond 1e-9 in 50 steps.
     ours = train_jax(base, RULES[rule], np.float64, STEPS)
     theirs = train_torch(base, RULES[rule], np.float64, STEPS)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=0)

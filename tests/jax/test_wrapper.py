@@ -1,0 +1,133 @@
+"""The wrapper around a base optimizer, and what importing the package says and loads."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cdat_jax
+from cdat_jax import CDATState, cdat, scale_by_cdat
+from tests.jax.problems import factors, same, stepper, train
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BASES = {
+    "sgd": lambda: optax.sgd(1.0),
+    "momentum": lambda: optax.sgd(1.0, momentum=0.9),
+    "adam": lambda: optax.adam(1.0),
+    "adamw": lambda: optax.adamw(1.0, weight_decay=0.01),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1.0)),
+}
+
+
+@pytest.mark.parametrize("base", list(BASES.values()), ids=list(BASES))
+@pytest.mark.parametrize("every", [1, 3])
+def test_wrapper_is_the_chain_of_base_and_tuner(base, every):
+    loss, params, batch = factors()
+    options = {"sigma": 1.0, "decay": 0.5, "max_growth": 2.0, "every": every}
+    wrapped = train(cdat(base(), **options), loss, params, 7, batch=batch)
+    chained = train(optax.chain(base(), scale_by_cdat(**options)), loss, params, 7, batch=batch)
+    for step, ((left, state), (right, expected)) in enumerate(zip(wrapped, chained, strict=True)):
+        assert isinstance(state, CDATState)
+        assert int(state.step) == step + 1
+        for x, y in zip(
+            jax.tree.leaves((left, state.base, state.tuner)),
+            jax.tree.leaves((right, *expected)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
+def updates_of(solver, params, state, loss, batch):
+    """Return the updates of one step, without applying them."""
+
+    @jax.jit
+    def update(params, state):
+        value, grad = jax.value_and_grad(loss)(params, batch)
+        return solver.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, batch=batch
+        )
+
+    return update(params, state)
+
+
+@pytest.mark.parametrize("multiplier", [0.5, lambda step: 0.5 + 0 * step, jnp.asarray],
+                         ids=["number", "schedule", "array"])  # fmt: skip
+def test_multiplier_scales_the_step_and_not_the_tuning(multiplier):
+    multiplier = jnp.asarray(0.5) if multiplier is jnp.asarray else multiplier
+    loss, params, batch = factors()
+    full, half = cdat(optax.adam(1.0)), cdat(optax.adam(1.0), learning_rate=multiplier)
+    updates, state = updates_of(full, params, full.init(params), loss, batch)
+    halved, other = updates_of(half, params, half.init(params), loss, batch)
+    assert same(other, state)
+    assert same(halved, jax.tree.map(lambda u: 0.5 * u, updates))
+
+
+def test_multiplier_keeps_the_dtype_of_the_updates():
+    loss, params, batch = factors(jnp.bfloat16)
+    solver = cdat(optax.sgd(1.0), learning_rate=lambda step: jnp.asarray(0.5, dtype=jnp.float64))
+    updates, _ = updates_of(solver, params, solver.init(params), loss, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
+def test_schedule_follows_the_steps_taken_and_skips_do_not_count():
+    """On a quadratic with sigma = 1 an unscaled step ends at the minimum, so each factor shows."""
+    factors_of_schedule = jnp.asarray([0.5, 0.25, 0.75, 0.125])
+    solver = cdat(optax.sgd(1.0), sigma=1.0, learning_rate=lambda step: factors_of_schedule[step])
+    step = stepper(solver, lambda w, scale: scale * jnp.sum(w**2))
+    params, remaining = jnp.ones(3), []
+    state = solver.init(params)
+    for scale in (1.0, np.nan, 1.0, np.inf, 1.0):
+        before = params
+        params, state = step(params, state, scale=scale)
+        remaining.append(float(params[0] / before[0]))
+    assert remaining == pytest.approx([0.5, 1.0, 0.75, 1.0, 0.25])
+    assert (int(state.step), int(state.tuner.info.skipped)) == (3, 2)
+
+
+def test_base_may_hold_keys_and_use_extra_arguments():
+    """The state of a base may have any leaves, among them keys of random numbers."""
+    loss, params, batch = factors()
+    base = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(1.0))
+    solver = cdat(base, sigma=1.0)
+    trajectory = train(solver, loss, params, 2, batch=batch)
+    chained = train(optax.chain(base, scale_by_cdat(sigma=1.0)), loss, params, 2, batch=batch)
+    np.testing.assert_allclose(trajectory[1][0]["outer"], chained[1][0]["outer"], rtol=1e-12)
+
+    given = []
+
+    def update(updates, state, params=None, **extra):
+        given.append(sorted(extra))
+        return updates, state
+
+    listening = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    train(cdat(listening), loss, params, 1, batch=batch)
+    assert given == [["batch", "grad", "value", "value_fn"]]
+
+
+def in_a_fresh_interpreter(script):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("missing", ["jax", "optax"])
+def test_missing_extra_is_named(missing):
+    run = in_a_fresh_interpreter(f"import sys; sys.modules[{missing!r}] = None; import cdat_jax")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("ImportError: cdat_jax needs JAX and Optax")
+    assert 'pip install "cdat[jax]"' in run.stderr
+
+
+def test_import_loads_no_other_framework():
+    run = in_a_fresh_interpreter(
+        "import sys, cdat_jax; print(*({'jax', 'optax', 'torch'} & sys.modules.keys()))"
+    )
+    assert (set(run.stdout.split()), run.stderr) == ({"jax", "optax"}, "")
+
+
+def test_all_is_sorted_and_resolves():
+    assert cdat_jax.__all__ == sorted(set(cdat_jax.__all__))
+    assert [name for name in cdat_jax.__all__ if not hasattr(cdat_jax, name)] == []
