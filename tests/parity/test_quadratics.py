@@ -54,8 +54,8 @@ def test_measurement_equals_the_closed_form(name, dtype, kind, size, condition, 
     """Within the rounding that any order of summation may leave.
 
     A sum of n products is off by at most ``n eps`` times the sum of their magnitudes. To nest two
-    of them, and adding the offset, makes ``2 n + 2`` on the magnitudes of all terms; the reference is
-    rounded too (its products in extended precision, where there is one), hence ``4 n + 4``.
+    of them, and adding the offset, makes ``2 n + 2`` on the magnitudes of all terms; the reference
+    is rounded too (its products in extended precision, where there is one), hence ``4 n + 4``.
     """
     backend = BACKENDS[name]
     problem = random_quadratic(kind, size, condition, seed)
