@@ -1,6 +1,7 @@
 """The Armijo backtracking search, told the values of known functions."""
 
 import math
+from functools import partial
 
 import array_api_strict
 import numpy as np
@@ -201,7 +202,7 @@ def test_numpy_and_the_strict_namespace_decide_alike(name, start, slope, previou
     search = linesearch.backtracking(max_trials=4, max_step_size=2.5)
 
     def states(xp):
-        scalar = lambda value: xp.asarray(value, dtype=getattr(xp, name))
+        scalar = partial(xp.asarray, dtype=getattr(xp, name))
         start_of = Measurement(scalar(start), scalar(slope), None)
         state = search.init(start_of, scalar(0.0), None if previous is None else scalar(previous))
         yield state
@@ -218,7 +219,7 @@ def test_numpy_and_the_strict_namespace_decide_alike(name, start, slope, previou
 
 def test_dtypes_are_kept_whatever_is_told(xp, dtype, scalar):
     search = linesearch.backtracking(max_trials=3)
-    wide = lambda value: xp.asarray(value, dtype=xp.float64)
+    wide = partial(xp.asarray, dtype=xp.float64)
     state = search.init(Measurement(wide(1.0), wide(-1.0), None), scalar(0.0), wide(1.0))
     wanted = [dtype, xp.bool, xp.bool, dtype, dtype, dtype, dtype, xp.int32]
     for value in (math.nan, 2.0, 0.5, 0.5):

@@ -1,6 +1,7 @@
 """Limits on the rate, and the tuners that do not look at the loss."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -99,7 +100,7 @@ def test_upper_bound_holds_from_the_first_rate_on(scalar):
 @given(history=histories, growth=st.floats(1, 2))
 def test_growth_cap_bounds_every_ratio(scalar, eps, history, growth):
     rates = follow(tuners.cdat(2.0, 0.0, max_growth=growth), scalar, history)
-    assert all(b <= a * growth * (1 + 2 * eps) for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b <= a * growth * (1 + 2 * eps) for a, b in pairwise(rates))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1])

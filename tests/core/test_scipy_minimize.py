@@ -247,7 +247,7 @@ def test_search_that_finds_no_lower_value():
 
 @pytest.mark.parametrize("jac", [None, False, "2-point"])
 def test_gradient_is_required(jac):
-    with pytest.raises(ValueError, match="^jac must be the gradient function"):
+    with pytest.raises(ValueError, match=r"^jac must be the gradient function"):
         minimize(bowl, [3.0], tuner=GREEDY, jac=jac)
 
 
@@ -273,7 +273,7 @@ def test_shapes_of_the_functions_are_checked():
         minimize(bowl, [3.0, 4.0], tuner=GREEDY, jac=lambda x: x[:, None])
     with pytest.raises(ValueError, match=r"same shape, got \(2,\) and \(1,\)"):
         minimize(bowl, [3.0, 4.0], tuner=GREEDY, jac=bowl_der, hessp=lambda x, v: v[:1])
-    with pytest.raises(ValueError, match="^hess must be callable or None, got '2-point'"):
+    with pytest.raises(ValueError, match=r"^hess must be callable or None, got '2-point'"):
         minimize(bowl, [3.0], tuner=GREEDY, jac=bowl_der, hess="2-point")
 
 
@@ -357,6 +357,16 @@ def test_start_is_not_modified():
     assert not np.shares_memory(result.x, x0)
     unmoved = minimize(bowl, np.zeros(1), tuner=GREEDY, jac=bowl_der)
     assert unmoved.nit == 0
+
+
+def test_search_grows_its_first_guess_from_step_to_step():
+    """On a slope without end every first trial is accepted."""
+    search = linesearch.backtracking(initial_step_size=0.5, increase_factor=2.0)
+    result = minimize(
+        lambda x: float(np.sum(x)), [0.0], tuner=search, jac=np.ones_like, options={"maxiter": 4}
+    )
+    assert result.x == -(0.5 + 1 + 2 + 4)
+    assert (result.learning_rate, result.nit) == (4.0, 4)
 
 
 def test_display(capsys):

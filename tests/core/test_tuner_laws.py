@@ -1,6 +1,7 @@
 """The laws of the tuners, one test each, over every tuner a law holds for."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def over(*tables):
 
 
 # Each law meets every tuner, namespace and dtype, so a few examples for each add up to hundreds.
-few = settings(max_examples=25)
+few = settings(max_examples=20)
 
 moderate = st.floats(1e-3, 1e3)
 negative = moderate.map(lambda x: -x)
@@ -176,6 +177,18 @@ def test_zero_curvature_before_any_rate_gives_zero(tuner, scalar, slope):
     assert int(state.skipped) == 0
 
 
+def test_zero_curvature_holds_no_rate_along_an_ascent(scalar):
+    """Without memory; a memory of descents still holds."""
+    _, state = run(tuners.on_edge(), scalar, [(-1.0, 2.0)])
+    for slope in (1.0, 0.0):
+        rate, after = tuners.on_edge().update(model(scalar, slope, 0.0), state)
+        assert float(rate) == 0
+        assert same_state(after, state)
+    rates, state = run(tuners.cdat(), scalar, [(-1.0, 2.0)])
+    rate, _ = tuners.cdat().update(model(scalar, 1.0, 0.0), state)
+    assert float(rate) == rates[-1] == 1.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("field", Measurement._fields)
 @over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
@@ -196,8 +209,7 @@ def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
 @over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
 def test_measurement_beyond_the_dtype_of_the_state_is_skipped(tuner, xp, field):
     """A float64 measurement may overflow a float32 state: it must not enter the averages."""
-    wide = lambda value: xp.asarray(value, dtype=xp.float64)
-    narrow = lambda value: xp.asarray(value, dtype=xp.float32)
+    wide, narrow = (partial(xp.asarray, dtype=dtype) for dtype in (xp.float64, xp.float32))
     _, state = run(tuner, narrow, [(-1.0, 2.0)])
     with np.errstate(over="ignore"):
         huge = model(wide, -1.0, 2.0)._replace(**{field: wide(-1e300)})

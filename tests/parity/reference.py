@@ -132,8 +132,8 @@ class Run(NamedTuple):
 def descend(problem, rule, steps, noise=None):
     """Run gradient descent, to where it exceeds 1e100 or its gradient is nothing but rounding.
 
-    With a random generator as `noise`, every result is disturbed as rounding could have: by a unit
-    of rounding relative to the sizes of the terms that were added up.
+    With a random generator as `noise`, every result is disturbed as rounding could have: by one
+    unit of rounding relative to the sizes of the terms that were added up.
     """
     a, b = np.abs(problem.matrix), np.abs(problem.offset)
 
