@@ -55,7 +55,7 @@ def compare(
     backend: Annotated[
         str, typer.Option(callback=_known_backend, help="jax, torch, or all that are installed.")
     ] = "all",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and weights.")] = 0,
     out: Annotated[
         Path | None,

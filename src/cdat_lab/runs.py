@@ -115,7 +115,7 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Whether the run ended above the loss it started from, or at none at all."""
-        return not self.final_loss <= self.initial_loss
+        return not (np.isfinite(self.final_loss) and self.final_loss <= self.initial_loss)
 
     @property
     def skipped(self) -> int:

@@ -49,11 +49,10 @@ class JobProgress:
         self._done = 0
         self._started = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("left   {task.description}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,

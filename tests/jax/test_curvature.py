@@ -35,10 +35,6 @@ def affine(layer, inputs):
     return inputs.astype(matrix.dtype) @ matrix + bias[None]
 
 
-def data(generator, samples, features, targets):
-    return generator.normal(size=(samples, features)), generator.normal(size=(samples, targets))
-
-
 def squared_loss(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
@@ -57,28 +53,27 @@ def tanh_network(generator):
 
 
 def layer_norm(generator):
-    inputs, targets = data(generator, 12, 6, 3)
+    inputs, targets = generator.normal(size=(2, 6, 8))
 
     def value_fn(params):
-        hidden = affine(params["layers"][0], inputs)
+        hidden = affine(params["layer"], inputs)
         centred = hidden - jnp.mean(hidden, axis=1, keepdims=True)
         spread = jnp.sqrt(jnp.mean(centred**2, axis=1, keepdims=True) + 1e-5)
-        hidden = jnp.tanh(params["gain"][None] * centred / spread)
-        return squared_loss(affine(params["layers"][1], hidden), targets)
+        return squared_loss(jnp.tanh(params["gain"][None] * centred / spread), targets)
 
-    return value_fn, {"layers": weights(generator, 6, 8, 3), "gain": jnp.linspace(0.5, 1.5, 8)}
+    return value_fn, {"layer": weights(generator, 8, 8)[0], "gain": jnp.linspace(0.5, 1.5, 8)}
 
 
 def dropout(generator):
-    inputs, targets = data(generator, 12, 6, 3)
+    inputs, targets = generator.normal(size=(2, 6, 8))
     key = jax.random.key(0)
 
     def value_fn(params):
-        hidden = jnp.tanh(affine(params[0], inputs))
+        hidden = jnp.tanh(affine(params, inputs))
         kept = jax.random.bernoulli(key, 0.7, hidden.shape)
-        return squared_loss(affine(params[1], jnp.where(kept, hidden / 0.7, 0)), targets)
+        return squared_loss(jnp.where(kept, hidden / 0.7, 0), targets)
 
-    return value_fn, weights(generator, 6, 8, 3)
+    return value_fn, weights(generator, 8, 8)[0]
 
 
 def attention(generator):
@@ -101,38 +96,34 @@ def attention(generator):
 
 
 def scan(generator):
-    inputs, targets = data(generator, 12, 4, 5)
+    inputs, targets = generator.normal(size=(2, 6, 4))
 
     def value_fn(params):
-        def layer(hidden, _):
-            return jnp.tanh(affine(params[1], hidden)), None
+        layer = lambda hidden, _: (jnp.tanh(affine(params, hidden)), None)
+        return squared_loss(jax.lax.scan(layer, jnp.asarray(inputs), None, length=3)[0], targets)
 
-        hidden, _ = jax.lax.scan(layer, affine(params[0], inputs), None, length=3)
-        return squared_loss(hidden, targets)
-
-    return value_fn, weights(generator, 4, 5, 5)
+    return value_fn, weights(generator, 4, 4)[0]
 
 
 def remat(generator):
-    inputs, targets = data(generator, 12, 4, 3)
+    inputs, targets = generator.normal(size=(2, 6, 4))
 
     def value_fn(params):
-        block = jax.checkpoint(lambda layer, hidden: jnp.tanh(affine(layer, hidden)))
-        return squared_loss(affine(params[1], block(params[0], inputs)), targets)
+        block = jax.checkpoint(lambda hidden: jnp.tanh(affine(params, hidden)))
+        return squared_loss(block(block(inputs)), targets)
 
-    return value_fn, weights(generator, 4, 5, 3)
+    return value_fn, weights(generator, 4, 4)[0]
 
 
 def cond(generator):
-    inputs, targets = data(generator, 12, 4, 3)
+    inputs, targets = generator.normal(size=(2, 6, 4))
 
     def value_fn(params):
-        hidden = affine(params[0], inputs)
-        first = jnp.sum(params[0][1]) ** 2 > -1
-        hidden = jax.lax.cond(first, jnp.tanh, lambda x: 2 * x, hidden)
-        return squared_loss(affine(params[1], hidden), targets)
+        first = jnp.sum(params[1]) ** 2 > -1
+        hidden = jax.lax.cond(first, jnp.tanh, lambda x: 2 * x, affine(params, inputs))
+        return squared_loss(hidden, targets)
 
-    return value_fn, weights(generator, 4, 5, 3)
+    return value_fn, weights(generator, 4, 4)[0]
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ from cdat_jax import scale_by_cdat
 
 seeds = st.integers(0, 2**32 - 1)
 positive = st.floats(1e-4, 1e4)
-fifty = settings(max_examples=50)
+few = settings(max_examples=25)
 
 
 def quartic(params, scale):
@@ -48,7 +48,7 @@ def problem(seed):
     """Return three points and three descent directions, as vectors of six entries."""
     generator = np.random.default_rng(seed)
     points = generator.normal(size=(3, 6))
-    grads = [np.asarray(jax.grad(quartic)(point, 1.0)) for point in points]
+    grads = [4 * w**3 - 2 * w + 0.2 * np.sum(w) for w in points]
     return list(points), [-g * generator.uniform(0.5, 2, size=6) for g in grads]
 
 
@@ -64,7 +64,7 @@ every = pytest.mark.parametrize("every", [1, 2])
 
 
 @every
-@fifty
+@few
 @given(seed=seeds, scale=positive)
 def test_scaling_the_loss_leaves_the_rate(every, seed, scale):
     points, directions = problem(seed)
@@ -75,7 +75,7 @@ def test_scaling_the_loss_leaves_the_rate(every, seed, scale):
 
 
 @every
-@fifty
+@few
 @given(seed=seeds, scale=positive)
 def test_scaling_the_updates_scales_the_rate_inversely(every, seed, scale):
     points, directions = problem(seed)
@@ -84,7 +84,7 @@ def test_scaling_the_updates_scales_the_rate_inversely(every, seed, scale):
     np.testing.assert_allclose(scale * scaled, plain, rtol=1e-10)
 
 
-@fifty
+@few
 @given(seed=seeds, sigma=st.floats(0.1, 4))
 def test_the_rate_is_proportional_to_sigma(seed, sigma):
     points, directions = problem(seed)
@@ -95,7 +95,7 @@ def test_the_rate_is_proportional_to_sigma(seed, sigma):
 
 
 @pytest.mark.parametrize("arrange", [as_dict, as_tuple])
-@fifty
+@few
 @given(seed=seeds)
 def test_the_structure_of_the_parameters_does_not_matter(arrange, seed):
     points, directions = problem(seed)
@@ -119,7 +119,7 @@ def greedy_step():
     return step
 
 
-@fifty
+@few
 @given(seed=seeds)
 def test_sigma_one_minimises_every_convex_quadratic_along_the_update(seed):
     generator = np.random.default_rng(seed)

@@ -20,9 +20,9 @@ def nested(dtype):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
 def test_operations_agree_with_numpy(dtype):
-    tolerance = 1e-6 if dtype in {"float32", "complex64"} else 1e-14
+    tolerance = 1e-6 if dtype == "float32" else 1e-14
     x, y = (random_like(nested(dtype), seed) for seed in (0, 1))
     product = space.vdot(x, y)
     assert product.shape == ()
@@ -120,13 +120,13 @@ def test_power_iteration_under_jit_finds_the_largest_eigenvalue(spectrum):
 
     @jax.jit
     def run(params, start):
-        return power_iteration(hvp(curved, params), start, num_matvecs=12, space=space)
+        return power_iteration(hvp(curved, params), start, num_matvecs=6, space=space)
 
     state = run(params, random_like(params, seed=1))
     assert float(state.eigenvalue) == pytest.approx(eigenvalues[-1], rel=1e-10)
     assert abs(flat(state.vector) @ eigenvectors[:, -1]) == pytest.approx(1, rel=1e-10)
     assert float(state.residual_norm) < 1e-6 * eigenvalues[-1]
-    assert int(state.num_matvecs) == 12
+    assert int(state.num_matvecs) == 6
 
 
 def test_power_iteration_is_a_carry_of_a_compiled_loop(spectrum):
@@ -137,9 +137,9 @@ def test_power_iteration_is_a_carry_of_a_compiled_loop(spectrum):
         product = hvp(curved, params)
         body = lambda _, state: power_iteration(product, state, num_matvecs=1, space=space)
         first = power_iteration(product, start, num_matvecs=1, space=space)
-        return jax.lax.fori_loop(0, 11, body, first)
+        return jax.lax.fori_loop(0, 5, body, first)
 
     state = run(params, random_like(params, seed=1))
     assert isinstance(state, PowerIterationState)
     assert float(state.eigenvalue) == pytest.approx(eigenvalues[-1], rel=1e-10)
-    assert int(state.num_matvecs) == 12
+    assert int(state.num_matvecs) == 6

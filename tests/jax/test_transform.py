@@ -106,7 +106,6 @@ def test_complex_parameters_train_as_their_real_and_imaginary_parts():
 
 
 COMPOSITIONS = {
-    "chain": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat()),
     "nested": lambda: optax.chain(optax.chain(optax.identity(), optax.sgd(1.0)), scale_by_cdat()),
     "named_chain": lambda: optax.named_chain(("base", optax.sgd(1.0)), ("tune", scale_by_cdat())),
     "multi_transform": lambda: optax.chain(
@@ -124,11 +123,17 @@ COMPOSITIONS = {
 }
 
 
+@functools.cache
+def plain_chain():
+    loss, params, batch = factors()
+    return train(optax.chain(optax.sgd(1.0), scale_by_cdat()), loss, params, 3, batch=batch)
+
+
 @pytest.mark.parametrize("build", list(COMPOSITIONS.values()), ids=list(COMPOSITIONS))
 def test_compositions_of_optax_give_the_same_steps(build):
     loss, params, batch = factors()
     trajectory = train(build(), loss, params, 3, batch=batch)
-    expected = train(COMPOSITIONS["chain"](), loss, params, 3, batch=batch)
+    expected = plain_chain()
     for (left, _), (right, _) in zip(trajectory, expected, strict=True):
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
@@ -424,10 +429,9 @@ def test_first_guess_of_a_search_grows_from_the_last_step():
 
 
 @ours
-@pytest.mark.parametrize("base", [optax.sgd(1.0), optax.adam(1.0)], ids=["sgd", "adam"])
-def test_zero_gradient_moves_nothing_and_is_no_fault(build, base):
+def test_zero_gradient_moves_nothing_and_is_no_fault(build):
     loss, _, _, minimiser = quadratic()
-    trajectory = train(optax.chain(base, build()), loss, jnp.asarray(minimiser), 2)
+    trajectory = train(optax.chain(optax.adam(1.0), build()), loss, jnp.asarray(minimiser), 2)
     for params, state in trajectory:
         np.testing.assert_array_equal(params, minimiser)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

@@ -16,7 +16,6 @@ from tests.jax.problems import factors, same, stepper, train
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BASES = {
-    "sgd": lambda: optax.sgd(1.0),
     "momentum": lambda: optax.sgd(1.0, momentum=0.9),
     "adam": lambda: optax.adam(1.0),
     "adamw": lambda: optax.adamw(1.0, weight_decay=0.01),
@@ -24,9 +23,9 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("base", list(BASES.values()), ids=list(BASES))
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("base", "every"), [(base, 1) for base in BASES] + [("adam", 3)])
 def test_wrapper_is_the_chain_of_base_and_tuner(base, every):
+    base = BASES[base]
     loss, params, batch = factors()
     options = {"sigma": 1.0, "decay": 0.5, "max_growth": 2.0, "every": every}
     wrapped = train(cdat(base(), **options), loss, params, 7, batch=batch)
@@ -89,15 +88,17 @@ def test_schedule_follows_the_steps_taken_and_skips_do_not_count():
     assert (int(state.step), int(state.tuner.info.skipped)) == (3, 2)
 
 
-def test_base_may_hold_keys_and_use_extra_arguments():
-    """The state of a base may have any leaves, among them keys of random numbers."""
+def test_base_may_hold_keys_of_random_numbers():
     loss, params, batch = factors()
     base = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(1.0))
     solver = cdat(base, sigma=1.0)
-    trajectory = train(solver, loss, params, 2, batch=batch)
-    chained = train(optax.chain(base, scale_by_cdat(sigma=1.0)), loss, params, 2, batch=batch)
-    np.testing.assert_allclose(trajectory[1][0]["outer"], chained[1][0]["outer"], rtol=1e-12)
+    (_, first), (_, second) = train(solver, loss, params, 2, batch=batch)
+    keys = [jax.random.key_data(state.base[0].rng_key) for state in (first, second)]
+    assert not np.array_equal(*keys)
 
+
+def test_base_gets_the_extra_arguments():
+    loss, params, batch = factors()
     given = []
 
     def update(updates, state, params=None, **extra):
@@ -111,7 +112,7 @@ def test_base_may_hold_keys_and_use_extra_arguments():
 
 def in_a_fresh_interpreter(script):
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
     )
 
 
