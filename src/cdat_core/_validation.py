@@ -1,8 +1,8 @@
 """Checks of hyperparameters.
 
-Python numbers are checked and turned into floats; anything that carries a dtype (a traced value
-under ``jax.jit`` or ``jax.vmap``, an array of hyperparameters) passes through, because its value is
-not known when the tuner is built.
+Python numbers are checked and turned into floats. Of an array (a traced value under ``jax.jit`` or
+``jax.vmap``, an array of hyperparameters) only the dtype is checked, because its value is not known
+when the tuner is built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from cdat_core._arrays import namespace
+
 Hyperparameter = Any
 
 
@@ -19,15 +21,25 @@ def _checked(
     name: str, value: Any, holds: Callable[[float], bool], requirement: str
 ) -> Hyperparameter:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond the largest float
+            number = math.inf
         if not (math.isfinite(number) and holds(number)):
             msg = f"{name} must be {requirement}, got {value!r}"
             raise ValueError(msg)
         return number
-    if hasattr(value, "dtype"):
+    if hasattr(value, "dtype") and namespace(value).isdtype(
+        value.dtype, ("integral", "real floating")
+    ):
         return value
     msg = f"{name} must be a real number or a 0-d array, got {value!r}"
     raise TypeError(msg)
+
+
+def finite(name: str, value: Any) -> Hyperparameter:
+    """Require a finite number."""
+    return _checked(name, value, lambda _: True, "a finite number")
 
 
 def positive(name: str, value: Any) -> Hyperparameter:

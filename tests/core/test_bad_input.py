@@ -25,6 +25,10 @@ RANGES = [
     (tuners.cdat, {"sigma": POSITIVE, "decay": FRACTION, "eps": NONNEGATIVE, **GUARDS}),
     (tuners.quadratically_greedy, {"decay": FRACTION, "eps": NONNEGATIVE, **GUARDS}),
     (tuners.on_edge, {"decay": FRACTION, "eps": NONNEGATIVE, **GUARDS}),
+    (tuners.gen, {"decay": FRACTION, "initial_learning_rate": POSITIVE}),
+    (tuners.polyak, {"f_min": NOT_FINITE, **GUARDS}),
+    (tuners.hypergradient, {"hyper_learning_rate": OPEN_FRACTION, **GUARDS}),
+    (tuners.sharpness_edge, {"sigma": POSITIVE, **GUARDS}),
     (tuners.constant, {"learning_rate": NONNEGATIVE}),
     (
         linesearch.backtracking,
@@ -72,6 +76,17 @@ def test_what_is_no_number_is_refused(make, name, value):
 def test_numpy_scalars_are_checked_as_numbers(value):
     with pytest.raises(ValueError, match=r"^sigma must be a finite number > 0, got"):
         tuners.cdat(value)
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.complex128(1j), np.str_("2")], ids=repr)
+def test_arrays_of_other_kinds_are_refused(value):
+    with pytest.raises(TypeError, match=r"^sigma must be a real number or a 0-d array, got"):
+        tuners.cdat(value)
+
+
+def test_an_integer_beyond_the_floats_is_refused():
+    with pytest.raises(ValueError, match=r"^sigma must be a finite number > 0, got 1000"):
+        tuners.cdat(10**400)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,17 @@ GUARDED = {
     "cdat-guarded": tuners.cdat(initial_learning_rate=1e-3, max_growth=1.1, max_learning_rate=0.5),
     "on-edge-capped": tuners.on_edge(max_learning_rate=2.0),
     "greedy-capped-growth": tuners.quadratically_greedy(max_growth=1.5),
+    "gen": tuners.gen(),
 }
 WITH_EPS = {"cdat-eps": tuners.cdat(eps=0.1), "greedy-eps": tuners.quadratically_greedy(eps=1e-8)}
+CLASSICAL = {
+    "polyak": tuners.polyak(),
+    "polyak-guarded": tuners.polyak(0.5, max_growth=2.0, max_learning_rate=1.0),
+    "hypergradient": tuners.hypergradient(),
+    "hypergradient-started": tuners.hypergradient(0.5, initial_learning_rate=0.1),
+    "sharpness-edge": tuners.sharpness_edge(),
+    "sharpness-edge-guarded": tuners.sharpness_edge(1.0, initial_learning_rate=0.1, max_growth=1.1),
+}
 FIXED = {
     "constant": tuners.constant(0.1),
     "scheduled": tuners.scheduled(lambda step: 0.1 / (1 + step)),
@@ -58,7 +67,7 @@ histories = st.lists(st.tuples(slopes, curvatures), min_size=1, max_size=6)
 
 
 def model(scalar, slope, curvature, value=1.0):
-    return Measurement(scalar(value), scalar(slope), scalar(curvature))
+    return Measurement(scalar(value), scalar(slope), scalar(curvature), scalar(abs(curvature)))
 
 
 def run(tuner, scalar, history):
@@ -79,7 +88,7 @@ def same_state(left, right, *, apart_from=()):
     )
 
 
-@over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
 @few
 @given(data=st.data())
 def test_rate_is_nonnegative_and_finite(tuner, scalar, dtype, data):
@@ -191,7 +200,7 @@ def test_zero_curvature_holds_no_rate_along_an_ascent(scalar):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("field", Measurement._fields)
-@over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
 def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
     """In any field, also one the tuner does not need."""
     rates, state = run(tuner, scalar, [(-1.0, 2.0), (-0.5, 1.0)])
@@ -206,7 +215,7 @@ def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
 
 
 @pytest.mark.parametrize("field", ["value", "slope", "curvature"])
-@over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
 def test_measurement_beyond_the_dtype_of_the_state_is_skipped(tuner, xp, field):
     """A float64 measurement may overflow a float32 state: it must not enter the averages."""
     wide, narrow = (partial(xp.asarray, dtype=dtype) for dtype in (xp.float64, xp.float32))
@@ -227,7 +236,7 @@ def test_rule_whose_rate_is_not_finite_is_skipped(scalar):
     assert (float(rate), float(after.rate), int(after.skipped)) == (0.0, 0.5, 1)
 
 
-@over(QUADRATIC, GUARDED, WITH_EPS, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
 @pytest.mark.parametrize("measured", ["float32", "float64"])
 def test_dtype_and_array_type_are_kept(tuner, xp, dtype, scalar, measured):
     """Whatever the dtype of the measurements; numpy may return its scalars for 0-d arrays."""
@@ -237,7 +246,7 @@ def test_dtype_and_array_type_are_kept(tuner, xp, dtype, scalar, measured):
     assert state.rate.dtype == dtype
     for step in range(20):
         slope = xp.asarray(-1.0 - 0.1 * step, dtype=getattr(xp, measured))
-        rate, state = tuner.update(Measurement(slope, slope, -slope), state)
+        rate, state = tuner.update(Measurement(slope, slope, -slope, -slope), state)
         assert rate.dtype == dtype
         assert [field.dtype for field in state] == wanted
         assert all(isinstance(field, array_type) for field in (rate, *state))
@@ -271,7 +280,7 @@ def test_named_rules_are_special_cases_of_cdat(scalar):
     assert run(tuners.on_edge(), scalar, history)[0] == pytest.approx([1.0, 0.0, 12.0])
 
 
-@over(QUADRATIC, GUARDED, FIXED)
+@over(QUADRATIC, GUARDED, CLASSICAL, FIXED)
 def test_batch_of_tuners_equals_single_tuners(tuner, xp, dtype, scalar):
     """A `like` with a shape runs independent tuners, here with one skip and one hold among them."""
     table = [
@@ -284,7 +293,9 @@ def test_batch_of_tuners_equals_single_tuners(tuner, xp, dtype, scalar):
     for step in range(3):
         slope = xp.asarray([history[step][0] for history in table], dtype=dtype)
         curvature = xp.asarray([history[step][1] for history in table], dtype=dtype)
-        rate, state = tuner.update(Measurement(None, slope, curvature), state)
+        ones = xp.ones_like(slope)
+        measurement = Measurement(ones, slope, curvature, xp.abs(curvature))
+        rate, state = tuner.update(measurement, state)
         assert [float(rate[i]) for i in range(3)] == [rates[step] for rates, _ in single]
     assert [int(state.skipped[i]) for i in range(3)] == [int(last.skipped) for _, last in single]
 
@@ -297,4 +308,4 @@ def test_update_leaves_its_arguments_alone(scalar):
     assert float(first[0]) == float(second[0])
     assert same_state(first[1], second[1])
     assert same_state(state, tuner.init(scalar(0.0)))
-    assert [float(field) for field in measurement[:3]] == [1.0, -1.0, 2.0]
+    assert [float(field) for field in measurement] == [1.0, -1.0, 2.0, 2.0]

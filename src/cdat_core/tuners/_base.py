@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from typing import cast as typing_cast
 
 from cdat_core import _validation
-from cdat_core._arrays import cast, filled, increment, namespace, require_floating
+from cdat_core._arrays import cast, counter, filled, increment, namespace, require_floating
 from cdat_core._types import Measurement, Scalar
 
 
@@ -59,7 +59,8 @@ def from_rule(
 
     Around `rule` this puts: a check that the needed fields are present, the skip of non-finite
     measurements (rate 0, state unchanged but for the count), dtypes that stay those of the state,
-    and the bookkeeping of ``rate``. The rule sees finite scalars only.
+    rates that are never negative (0 instead), and the bookkeeping of ``rate``. The rule sees finite
+    scalars only.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def from_rule(
         )
         rate, proposed = rule(clean, state)
         usable = usable & xp.isfinite(rate)
-        rate = xp.where(usable, cast(rate, state.rate), xp.zeros_like(state.rate))
+        rate = xp.where(usable & (rate > 0), cast(rate, state.rate), xp.zeros_like(state.rate))
         old = typing_cast(Any, state)
         kept = [
             xp.where(usable, cast(new, before), before)
@@ -120,17 +121,40 @@ def from_rule(
     return Tuner(checked_init, update, needed)
 
 
+class RateState(NamedTuple):
+    """State of the rules without averages; all fields are scalars.
+
+    Attributes
+    ----------
+    rate : Scalar
+        The last positive learning rate.
+    step : Scalar
+        Measurements that the rule has used so far, int32.
+    skipped : Scalar
+        Measurements skipped because they were not finite, int32.
+    """
+
+    rate: Scalar
+    step: Scalar
+    skipped: Scalar
+
+
 class Guards(NamedTuple):
-    """Limits on the learning rate; None switches a limit off. See `limits` for what they mean."""
+    """Limits on the learning rate; None switches a limit off. See `cdat` for what they mean."""
 
     initial_learning_rate: Any = None
     max_growth: Any = None
     max_learning_rate: Any = None
+    max_shrink: Any = None
 
     def start(self, like: Scalar) -> Scalar:
         """Return the rate a state starts from: the start rate, or 0."""
         initial = 0.0 if self.initial_learning_rate is None else self.initial_learning_rate
         return filled(like, initial)
+
+    def start_state(self, like: Scalar) -> RateState:
+        """Return the state of a rule without averages before its first measurement."""
+        return RateState(self.start(like), counter(like), counter(like))
 
     def limit(self, proposal: Scalar, previous: Scalar, *, first: Scalar) -> Scalar:
         """Return `proposal` within the limits.
@@ -149,8 +173,10 @@ class Guards(NamedTuple):
             proposal = xp.where(first & (proposal > previous), previous, proposal)
         if self.max_growth is not None:
             ceiling = cast(self.max_growth, previous) * previous
-            capped = ~first & (previous > 0) & (proposal > ceiling)
-            proposal = xp.where(capped, ceiling, proposal)
+            proposal = xp.where((previous > 0) & (proposal > ceiling), ceiling, proposal)
+        if self.max_shrink is not None:
+            floor = previous / cast(self.max_shrink, previous)
+            proposal = xp.where((proposal > 0) & (proposal < floor), floor, proposal)
         if self.max_learning_rate is not None:
             ceiling = filled(previous, self.max_learning_rate)
             proposal = xp.where(proposal > ceiling, ceiling, proposal)

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from cdat_core import _validation
-from cdat_core._arrays import counter, filled, namespace
+from cdat_core._arrays import filled, namespace
 from cdat_core._types import Measurement, Scalar
-from cdat_core.tuners._base import Tuner, from_rule
+from cdat_core.tuners._base import Guards, RateState, Tuner, from_rule
 
 
-class ScheduledState(NamedTuple):
-    """State of `scheduled` and `constant`; all fields are scalars.
-
-    Attributes
-    ----------
-    rate : Scalar
-        The last positive learning rate.
-    step : Scalar
-        Steps taken so far, int32; skipped steps are not counted.
-    skipped : Scalar
-        Measurements skipped because they were not finite, int32.
-    """
-
-    rate: Scalar
-    step: Scalar
-    skipped: Scalar
-
-
-def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[ScheduledState]:
+def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[RateState]:
     """Follow a schedule of the step number.
 
     Parameters
@@ -37,7 +19,7 @@ def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[ScheduledState]:
     schedule : callable
         ``step -> learning_rate``. The step, from 0, comes as a 0-d array in the dtype of the state,
         so array functions, comparisons and Optax schedules work on it. A non-finite rate counts as
-        a skip.
+        a skip, after which the step is the same again; a negative one becomes 0.
 
     Returns
     -------
@@ -64,18 +46,15 @@ def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[ScheduledState]:
         msg = f"schedule must be callable (step -> learning rate), got {schedule!r}"
         raise TypeError(msg)
 
-    def init(like: Scalar) -> ScheduledState:
-        return ScheduledState(namespace(like).zeros_like(like), counter(like), counter(like))
-
-    def rule(measurement: Measurement, state: ScheduledState) -> tuple[Scalar, ScheduledState]:
+    def rule(measurement: Measurement, state: RateState) -> tuple[Scalar, RateState]:
         del measurement
         step = namespace(state.rate).astype(state.step, state.rate.dtype)
         return filled(state.rate, schedule(step)), state._replace(step=state.step + 1)
 
-    return from_rule(init, rule, needs=())
+    return from_rule(Guards().start_state, rule, needs=())
 
 
-def constant(learning_rate: Any) -> Tuner[ScheduledState]:
+def constant(learning_rate: Any) -> Tuner[RateState]:
     """Return the same rate always.
 
     Parameters

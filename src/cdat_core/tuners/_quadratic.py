@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from cdat_core import _validation
 from cdat_core._arrays import cast, counter, namespace
 from cdat_core._types import Measurement, Scalar
-from cdat_core.tuners._base import Tuner, checked_guards, from_rule
+from cdat_core.tuners._base import Guards, Tuner, checked_guards, from_rule
 
 
 class CDATState(NamedTuple):
@@ -51,9 +51,10 @@ def cdat(
     the skip of non-finite measurements and the hold at zero curvature are additions of this
     library.
 
-    A measurement of zero curvature says nothing about the rate: the averages stay and the last rate
-    holds (0 before the first rate, unless `initial_learning_rate` is given). If the averaged slope
-    is not negative, the rate is 0.
+    With eps = 0 a measurement of zero curvature says nothing about the rate: the averages stay and
+    the last rate holds (0 before the first rate, unless `initial_learning_rate` is given). A tiny
+    curvature says that the rate may be huge; `max_growth`, `max_learning_rate` or eps > 0 bound it.
+    If the averaged slope is not negative, the rate is 0.
 
     Parameters
     ----------
@@ -62,12 +63,14 @@ def cdat(
     decay : float
         Memory of the moving averages, in [0, 1). With 0 only the present measurement counts.
     eps : float
-        Added to the averaged curvature (bias of the start removed), >= 0, in its units.
+        Added to the averaged curvature (bias of the start removed), >= 0, in its units. Above 0 a
+        zero curvature counts like any other, and the rate depends on the scale of the loss.
     initial_learning_rate : float, optional
         Upper bound of the first rate, and the rate held until a curvature is known.
     max_growth : float, optional
-        Largest factor, >= 1, from one update of the tuner to the next (with a curvature measured
-        every k steps, that is one factor in k steps).
+        Largest factor, >= 1, from the last positive rate to the next (with a curvature measured
+        every k steps, that is one factor in k steps). After one very small rate the way back takes
+        many steps.
     max_learning_rate : float, optional
         Largest rate.
 
@@ -102,6 +105,11 @@ def cdat(
     decay = _validation.fraction("decay", decay)
     eps = _validation.nonnegative("eps", eps)
     guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+    return _averaged(sigma, decay, eps, guards)
+
+
+def _averaged(sigma: Any, decay: Any, eps: Any, guards: Guards) -> Tuner[CDATState]:
+    """Return the tuner behind every rule of this module; the arguments are validated already."""
 
     def init(like: Scalar) -> CDATState:
         zero = namespace(like).zeros_like(like)
@@ -222,4 +230,52 @@ def on_edge(
         initial_learning_rate=initial_learning_rate,
         max_growth=max_growth,
         max_learning_rate=max_learning_rate,
+    )
+
+
+def gen(
+    decay: Any = 0.9,
+    *,
+    initial_learning_rate: Any = None,
+    max_learning_rate: Any = None,
+) -> Tuner[CDATState]:
+    """Follow the generalized Newton rule: greedy on averages, at most a factor two per update.
+
+    The rate ``-slope / curvature`` of a generalized Newton step [1]_, from moving averages of both
+    as in `cdat` with sigma = 1, and never less than half or more than twice the last one. Made for
+    a curvature that is refreshed every few steps. The published code averages the rate, not its two
+    parts; averaging the parts is a choice of this library.
+
+    Parameters
+    ----------
+    decay, initial_learning_rate, max_learning_rate
+        As in `cdat`.
+
+    Returns
+    -------
+    Tuner
+        It needs slope and curvature.
+
+    References
+    ----------
+    .. [1] Z. Bu, S. Xu, "Gradient descent with generalized Newton's method", ICLR 2025,
+       arXiv:2407.02772.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> tuner = tuners.gen(decay=0.0)
+    >>> state = tuner.init(np.asarray(0.0))
+    >>> for curvature in (1.0, 8.0, 8.0):
+    ...     model = Measurement(None, np.asarray(-1.0), np.asarray(curvature))
+    ...     rate, state = tuner.update(model, state)
+    ...     print(float(rate))
+    1.0
+    0.5
+    0.25
+    """
+    guards = checked_guards(initial_learning_rate, 2.0, max_learning_rate)
+    return _averaged(
+        1.0, _validation.fraction("decay", decay), 0.0, guards._replace(max_shrink=2.0)
     )
