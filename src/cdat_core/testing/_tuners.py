@@ -1,0 +1,120 @@
+"""Checks of tuners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cdat_core._arrays import namespace
+from cdat_core._types import Measurement, Scalar
+from cdat_core.testing._assertions import number, require, require_close
+from cdat_core.tuners import Tuner
+
+
+def check_tuner(
+    tuner: Tuner[Any],
+    like: Scalar,
+    *,
+    loss_scale_invariant: bool = True,
+    direction_scale_inverse: bool = True,
+) -> None:
+    """Check the laws of a tuner on the scalars of a framework.
+
+    Checked are: rates are finite and not negative; the state keeps its type, shapes and dtypes; the
+    arguments stay as they were; a measurement that is not finite gives rate 0, leaves the averages
+    and is counted; and, unless switched off, scaling the loss leaves the rate and scaling the
+    direction by c scales it by 1/c.
+
+    Parameters
+    ----------
+    tuner : Tuner
+        What is checked.
+    like : Scalar
+        A real floating 0-d array of the framework; see ``Tuner.init``.
+    loss_scale_invariant, direction_scale_inverse : bool
+        Whether these two laws are meant to hold. They do not for eps > 0, absolute guards, fixed
+        rates and rules on the sharpness.
+
+    Raises
+    ------
+    AssertionError
+        If a law fails; the message names it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import tuners
+    >>> from cdat_core.testing import check_tuner
+    >>> check_tuner(tuners.cdat(), np.asarray(0.0, dtype=np.float32))
+    """
+    history = [(3.0, -1.0, 2.0), (2.0, -0.5, -1.0), (2.5, 0.25, 0.5), (2.0, -2.0, 1.0)]
+    eps = float(namespace(like).finfo(like.dtype).eps)
+    plain = _follow(tuner, like, history)
+    for step, rate in enumerate(plain):
+        require(
+            0 <= rate < math.inf,
+            f"tuner: rates must be finite and not negative, got {rate!r} in step {step}",
+        )
+    tolerance = 100 * eps
+    if loss_scale_invariant:
+        scaled = _follow(tuner, like, [(7 * f, 7 * s, 7 * c) for f, s, c in history])
+        for left, right in zip(scaled, plain, strict=True):
+            require_close("tuner: scaling the loss leaves the rate", left, right, right, tolerance)
+    if direction_scale_inverse:
+        scaled = _follow(tuner, like, [(f, 3 * s, 9 * c) for f, s, c in history])
+        for left, right in zip(scaled, plain, strict=True):
+            law = "tuner: scaling the direction by 3 scales the rate by 1/3"
+            require_close(law, left, right / 3, right, tolerance)
+    for bad in (math.nan, math.inf, -math.inf):
+        for field in sorted(tuner.needs):
+            _check_skip(tuner, like, history[0], field, bad)
+
+
+def _follow(tuner: Tuner[Any], like: Scalar, history: Sequence[tuple[float, ...]]) -> list[float]:
+    """Return the rates along measurements, checking that states and arguments stay sound."""
+    state, rates = tuner.init(like), []
+    wanted = [(field.dtype, tuple(field.shape)) for field in state]
+    for numbers in history:
+        before = [number(field) for field in state]
+        measurement = _measurement(like, numbers)
+        rate, following = tuner.update(measurement, state)
+        again, _ = tuner.update(measurement, state)
+        require(
+            number(rate) == number(again) and before == [number(field) for field in state],
+            "tuner: update must be pure: the same measurement and state gave another rate, or the "
+            "state was changed in place",
+        )
+        found = [(field.dtype, tuple(field.shape)) for field in following]
+        require(
+            type(following) is type(state) and found == wanted,
+            f"tuner: the state must keep its type, dtypes and shapes: {wanted} became {found}",
+        )
+        require(
+            rate.dtype == like.dtype,
+            f"tuner: the rate must have the dtype of the state, got {rate.dtype}",
+        )
+        rates.append(number(rate))
+        state = following
+    return rates
+
+
+def _check_skip(
+    tuner: Tuner[Any], like: Scalar, numbers: tuple[float, ...], field: str, bad: float
+) -> None:
+    """Check what a tuner makes of one bad field after a good measurement."""
+    good = _measurement(like, numbers)
+    _, state = tuner.update(good, tuner.init(like))
+    rate, after = tuner.update(good._replace(**{field: like * 0 + bad}), state)
+    law = f"tuner: a {field} of {bad!r} must"
+    require(number(rate) == 0, f"{law} give the rate 0, got {number(rate)!r}")
+    counted = number(after.skipped) - number(state.skipped)
+    require(counted == 1, f"{law} add 1 to skipped, it added {counted:g}")
+    for name in state._fields:
+        same = number(getattr(after, name)) == number(getattr(state, name))
+        require(same or name == "skipped", f"{law} leave state.{name}")
+
+
+def _measurement(like: Scalar, numbers: tuple[float, ...]) -> Measurement:
+    value, slope, curvature = numbers
+    return Measurement(*(like * 0 + number for number in (value, slope, curvature, abs(curvature))))
