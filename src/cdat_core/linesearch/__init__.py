@@ -2,5 +2,13 @@
 
 from cdat_core.linesearch._backtracking import BacktrackingState, backtracking
 from cdat_core.linesearch._base import LineSearch, LineSearchState
+from cdat_core.linesearch._zoom import ZoomState, zoom
 
-__all__ = ["BacktrackingState", "LineSearch", "LineSearchState", "backtracking"]
+__all__ = [
+    "BacktrackingState",
+    "LineSearch",
+    "LineSearchState",
+    "ZoomState",
+    "backtracking",
+    "zoom",
+]

@@ -52,8 +52,12 @@ class LineSearch(NamedTuple):
         the slope) at the trial. A state that is done is returned unchanged.
     needs : frozenset of str
         The fields of `Measurement` that `init` reads.
+    trial_needs : frozenset of str
+        What `tell` reads of a trial: "value", and "slope" where the search asks for the derivative
+        of the loss along the update at the trial.
     """
 
     init: Callable[..., Any]
     tell: Callable[..., Any]
     needs: frozenset[str]
+    trial_needs: frozenset[str] = frozenset({"value"})

@@ -1,0 +1,180 @@
+"""The next trial of a line search, from what two or three points know about the loss.
+
+The minimisers of polynomials are returned as fractions of the way from the first point to the
+second, together with whether they exist; where they do not, the fraction is 1/2. Everything is
+elementwise and free of branches; points may hold infinities and still give no warning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cdat_core._arrays import namespace
+from cdat_core._types import Scalar
+
+# The constants of Moré and Thuente's safeguards.
+REMAINDER = 0.66  # part of the way to the far end that a trial between low and high may go
+SHORTEST_STRIDE, LONGEST_STRIDE = 1.1, 4.0  # of the last stride, while there is no upper end
+SHRINK = 0.25  # ours: what remains of a stride that led to a loss which is not finite
+
+
+class Point(NamedTuple):
+    """A step with the loss and its derivative there; both infinite if the loss is not finite."""
+
+    step: Scalar
+    value: Scalar
+    slope: Scalar
+
+
+class Bracket(NamedTuple):
+    """The interval that the search works on.
+
+    Attributes
+    ----------
+    low : Point
+        The end of lower loss, from which the loss descends into the interval.
+    high : Point
+        The other end, on either side of `low`; meaningless until `closed`.
+    closed : Scalar
+        Boolean: whether an acceptable step is known to lie between the two.
+    """
+
+    low: Point
+    high: Point
+    closed: Scalar
+
+
+def _divided(numerator: Scalar, denominator: Scalar, exists: Scalar) -> tuple[Scalar, Scalar]:
+    """Return the quotient, or 1/2 where it does not exist, and where it does."""
+    xp = namespace(numerator)
+    exists = exists & (denominator != 0)
+    ratio = numerator / xp.where(exists, denominator, xp.ones_like(denominator))
+    return xp.where(exists, ratio, xp.full_like(ratio, 0.5)), exists
+
+
+def _scaled(a: Point, b: Point) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Return slope at a, slope at b and b's value above a's for the unit interval, and usability.
+
+    They are divided by the largest of them: only ratios matter and squares must not overflow.
+    """
+    xp = namespace(a.step)
+    finite = xp.isfinite(b.value) & xp.isfinite(b.slope)
+    finite = finite & xp.isfinite(a.value) & xp.isfinite(a.slope)
+    zero, one = xp.zeros_like(a.step), xp.ones_like(a.step)
+    length = b.step - a.step
+    start = xp.where(finite, a.slope, zero) * length
+    end = xp.where(finite, b.slope, zero) * length
+    rise = xp.where(finite, b.value, zero) - xp.where(finite, a.value, zero)
+    size = xp.maximum(xp.maximum(xp.abs(start), xp.abs(end)), xp.abs(rise))
+    usable = xp.isfinite(size) & (size > 0)
+    size = xp.where(usable, size, one)
+    parts = (xp.where(usable, part, zero) / size for part in (start, end, rise))
+    return (*parts, usable)
+
+
+def cubic_fraction(a: Point, b: Point) -> tuple[Scalar, Scalar]:
+    """Locate the minimiser of the cubic through the values and slopes of two points."""
+    start, end, rise, usable = _scaled(a, b)
+    xp = namespace(start)
+    # The derivative of the cubic at the fraction s is start + 2 half s + lead s^2.
+    half = 3 * rise - 2 * start - end
+    lead = 3 * (start + end - 2 * rise)
+    discriminant = half * half - lead * start
+    usable = usable & (discriminant > 0)
+    root = xp.sqrt(xp.where(usable, discriminant, xp.zeros_like(discriminant)))
+    forward = half > 0  # of two forms of the same root, the one that does not cancel
+    return _divided(
+        xp.where(forward, -start, root - half), xp.where(forward, root + half, lead), usable
+    )
+
+
+def quadratic_fraction(a: Point, b: Point) -> tuple[Scalar, Scalar]:
+    """Locate the minimiser of the parabola through two values and the slope at the first point."""
+    start, _, rise, usable = _scaled(a, b)
+    bend = 2 * (rise - start)
+    return _divided(-start, bend, usable & (bend > 0))
+
+
+def secant_fraction(a: Point, b: Point) -> tuple[Scalar, Scalar]:
+    """Locate the zero of the line through two slopes."""
+    start, end, _, usable = _scaled(a, b)
+    return _divided(start, start - end, usable)
+
+
+def refine(
+    bracket: Bracket, trial: Point, *, tilt: Scalar, rounding: Scalar, largest: Scalar
+) -> tuple[Bracket, Scalar]:
+    """Return the bracket with the trial built in, and a step for the next trial.
+
+    Parameters
+    ----------
+    bracket : Bracket
+        Its `low` is finite.
+    trial : Point
+        A new point: between `low` and `high` if the bracket is closed, else beyond `low`.
+    tilt : Scalar
+        The slope of a line to subtract from the loss before anything is compared.
+    rounding : Scalar
+        Differences of the loss up to this size mean nothing; the slopes then decide.
+    largest : Scalar
+        No trial is longer.
+    """
+    xp = namespace(trial.step)
+    closed, points = bracket.closed, (bracket.low, bracket.high, trial)
+    low, high, trial = (
+        Point(step, value - tilt * step, slope - tilt) for step, value, slope in points
+    )
+    stride = trial.step - low.step
+    cubic, has_cubic = cubic_fraction(low, trial)
+    quadratic, has_quadratic = quadratic_fraction(low, trial)
+    secant, has_secant = secant_fraction(low, trial)
+    level = xp.abs(trial.value - low.value) <= rounding
+    cubic = xp.where(level, secant, cubic)
+    has_cubic = xp.where(level, has_secant, has_cubic)
+
+    # The loss is higher than at `low`: the minimum lies before the trial. The cubic is trusted if
+    # it is the more careful one, else halfway to the parabola.
+    higher = ~(trial.value - low.value <= rounding)
+    careful = xp.where(has_cubic & (cubic < quadratic), cubic, (cubic + quadratic) / 2)
+    short = xp.full_like(careful, SHRINK)
+    shorter = low.step + xp.where(has_quadratic, careful, short) * stride
+
+    # It is lower and the slope has changed sign: the minimum lies before the trial, and the guess
+    # that is farther from the trial is taken.
+    turned = ~higher & (trial.slope * stride > 0)
+    before = low.step + xp.where(has_cubic & (cubic < secant), cubic, secant) * stride
+
+    # It is lower and still descends, less steeply: the minimum lies beyond the trial.
+    easing = ~higher & ~turned & (xp.abs(trial.slope) <= xp.abs(low.slope))
+    limit = xp.minimum(trial.step + LONGEST_STRIDE * stride, largest)
+    far = xp.where(closed, high.step, limit)
+    by_cubic = xp.where(has_cubic & (cubic > 1), low.step + cubic * stride, far)
+    by_secant = xp.where(has_secant & (secant > 1), low.step + secant * stride, far)
+    cubic_is_nearer = xp.abs(by_cubic - trial.step) < xp.abs(by_secant - trial.step)
+    beyond = xp.where(cubic_is_nearer == closed, by_cubic, by_secant)
+    bound = trial.step + REMAINDER * (high.step - trial.step)
+    passes = xp.abs(beyond - trial.step) > xp.abs(bound - trial.step)
+    beyond = xp.where(closed & passes, bound, beyond)
+
+    # It is lower and descends even more steeply: only the far end can tell where the minimum is.
+    fraction, _ = cubic_fraction(trial, high)
+    onward = xp.where(closed, trial.step + fraction * (high.step - trial.step), limit)
+
+    step = xp.where(turned, before, xp.where(easing, beyond, onward))
+    step = xp.where(higher, shorter, step)
+    shortest = xp.minimum(trial.step + SHORTEST_STRIDE * stride, limit)
+    opened = ~(closed | higher | turned)
+    step = xp.where(opened, xp.minimum(xp.maximum(step, shortest), limit), step)
+
+    low, high, trial = points
+    refined = Bracket(
+        low=_chosen(higher, low, trial),
+        high=_chosen(higher, trial, _chosen(turned, low, high)),
+        closed=~opened,
+    )
+    return refined, step
+
+
+def _chosen(condition: Any, a: Point, b: Point) -> Point:
+    xp = namespace(a.step)
+    return Point(*(xp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
