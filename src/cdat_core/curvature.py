@@ -96,6 +96,11 @@ def finite_difference_hvp(
     -------
     HessianVectorProduct
         A callable; the product with the zero vector is the zero vector.
+
+    Notes
+    -----
+    Squared lengths must stay in the range of the scalars: in float32, ``|w|`` below 1e19 and the
+    length of v between 1e-19 and 1e19. A shorter or longer v gives the zero vector.
     """
     if step is not None:
         step = _validation.positive("step", step)
@@ -111,3 +116,53 @@ def finite_difference_hvp(
         return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
 
     return hvp
+
+
+def preconditioned(
+    hvp: HessianVectorProduct[V],
+    inverse_sqrt: Callable[[V], V] | Scalar,
+    *,
+    space: InnerProductSpace[V],
+) -> HessianVectorProduct[V]:
+    """Return ``v -> P^-1/2 H P^-1/2 v``, the Hessian as a preconditioned method meets it.
+
+    Its largest eigenvalue is the sharpness that limits the rate of the update ``u = -P^-1 g``. It
+    has the eigenvalues of ``P^-1 H``, and unlike that it is symmetric, as the estimators require.
+
+    Parameters
+    ----------
+    hvp : HessianVectorProduct
+        The operator ``v -> H v``, symmetric.
+    inverse_sqrt : callable or Scalar
+        ``v -> P^-1/2 v``, symmetric and linear, or a number that stands for a multiple of the
+        identity. For Adam P is the diagonal matrix ``sqrt(v_hat) + eps`` with the bias-corrected
+        second moment, so this divides each entry by ``sqrt(sqrt(v_hat) + eps)``.
+    space : InnerProductSpace
+        The inner product of the vectors; used only if `inverse_sqrt` is a number.
+
+    Returns
+    -------
+    HessianVectorProduct
+        A callable, at the cost of one product with H.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> hessian, second_moment = np.array([100.0, 1.0]), np.array([1e4, 16.0])
+    >>> product = preconditioned(
+    ...     lambda v: hessian * v, lambda v: v / np.sqrt(np.sqrt(second_moment)), space=ArraySpace()
+    ... )
+    >>> product(np.array([1.0, 1.0])).tolist()
+    [1.0, 0.25]
+    """
+
+    def apply(v: V) -> V:
+        if callable(inverse_sqrt):
+            return inverse_sqrt(v)
+        return space.scale(inverse_sqrt, v)
+
+    def product(v: V, /) -> V:
+        return apply(hvp(apply(v)))
+
+    return product

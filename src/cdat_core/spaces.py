@@ -1,4 +1,10 @@
-"""Reference inner-product spaces for any array-API namespace."""
+"""Reference inner-product spaces for any array-API namespace.
+
+Both share one policy for dtypes. Vectors keep theirs. Half precision (float16, bfloat16) is widened
+to float32 for each operation: inner products are float32, other results are rounded once. Wider
+floating dtypes are used as they are. Integers and booleans are refused by the inner product: on the
+way all results would be rounded to integers.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +22,37 @@ class ArraySpace:
     """Arrays of any shape with the Euclidean inner product.
 
     Complex arrays are taken as real vectors of twice the length: ``vdot`` is ``Re <x, y>``.
-    The inner product is accumulated in the dtype of the arrays.
+    The inner product is accumulated in the dtype of the arrays, or in float32 if that is narrower.
     """
 
     def vdot(self, x: Array, y: Array) -> Scalar:
-        """Return ``Re <x, y>`` as a 0-d array.
+        """Return ``Re <x, y>`` as a 0-d array, of float32 or wider.
 
         Raises
         ------
         ValueError
             If the shapes differ: broadcasting would silently give another number.
+        TypeError
+            If the dtype of x or y is neither real nor complex floating.
         """
         if x.shape != y.shape:
             msg = f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(msg)
         xp = namespace(x, y)
+        x, y = _widened(_floating("x", x)), _widened(_floating("y", y))
         if xp.isdtype(x.dtype, "complex floating"):
             return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
         return xp.sum(x * y)
 
     def scale(self, a: Scalar, x: Array) -> Array:
         """Return ``a * x`` in the dtype of x."""
-        return cast(a, x) * x
+        wide = _widened(x)
+        return cast(cast(a, wide) * wide, x)
 
     def add_scale(self, x: Array, a: Scalar, y: Array) -> Array:
         """Return ``x + a * y`` in the dtype of x."""
-        return x + cast(a, x) * y
+        wide = _widened(x)
+        return cast(wide + cast(a, wide) * cast(y, wide), x)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,15 @@ class TupleSpace:
     """Tuples of arrays, such as the weights of a network; inner products of the parts add up."""
 
     def vdot(self, x: tuple[Array, ...], y: tuple[Array, ...]) -> Scalar:
-        """Return the sum over the parts of ``Re <x_i, y_i>`` as a 0-d array."""
+        """Return the sum over the parts of ``Re <x_i, y_i>`` as a 0-d array.
+
+        Raises
+        ------
+        ValueError
+            If the tuples are empty or differ in length or shapes.
+        TypeError
+            If a dtype is neither real nor complex floating.
+        """
         if not x:
             msg = "x must hold at least one array, got an empty tuple"
             raise ValueError(msg)
@@ -66,3 +85,19 @@ class TupleSpace:
         """Return ``x + a * y`` part by part."""
         part = ArraySpace()
         return tuple(part.add_scale(b, a, c) for b, c in zip(x, y, strict=True))
+
+
+def _floating(argument: str, x: Array) -> Array:
+    """Return `x` if its dtype is real or complex floating."""
+    if not namespace(x).isdtype(x.dtype, ("real floating", "complex floating")):
+        msg = f"{argument} must have a floating dtype, got {x.dtype}; cast it first"
+        raise TypeError(msg)
+    return x
+
+
+def _widened(x: Array) -> Array:
+    """Return half-precision `x` as float32: its products need more digits than it has."""
+    xp = namespace(x)
+    if xp.isdtype(x.dtype, "real floating") and xp.finfo(x.dtype).bits < 32:
+        return xp.astype(x, xp.float32)
+    return x
