@@ -15,6 +15,7 @@ from cdat_core import Measurement, _validation, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_jax.curvature import check_method, measure
+from cdat_jax.slope import value_and_slope
 from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
 
 _NO_PARAMS = (
@@ -88,7 +89,8 @@ def scale_by_tuner(
     Parameters
     ----------
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
-        The rule for the rate. A line search evaluates `value_fn` in a ``lax.while_loop``.
+        The rule for the rate. A line search evaluates `value_fn` in a ``lax.while_loop``, with its
+        derivative along the updates if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `measure`.
     every : int
@@ -298,7 +300,12 @@ def _search_decision(search: LineSearch) -> Decide:
 
         def tell(trial: Any) -> Any:
             moved = space.add_scale(params, trial.step_size, direction)
-            return search.tell(trial, jnp.asarray(objective(moved), dtype=dtype))
+            told: tuple[Any, ...] = (
+                value_and_slope(objective, moved, direction)
+                if "slope" in search.trial_needs
+                else (objective(moved),)
+            )
+            return search.tell(trial, *(jnp.asarray(number, dtype=dtype) for number in told))
 
         start = search.init(Measurement(value, slope, None), value, state.learning_rate)
         final = jax.lax.while_loop(lambda trial: ~trial.done, tell, start)

@@ -22,7 +22,6 @@ from cdat_torch.closure import all_finite, evaluate_closure
 from cdat_torch.curvature import (
     LossFn,
     check_method,
-    check_scalar,
     directional_curvature,
     gradients,
 )
@@ -36,8 +35,9 @@ from cdat_torch.groups import (
     scale_in_place,
     weights_and_factors,
 )
-from cdat_torch.reevaluation import RandomState, moved, random_state, without_trace
+from cdat_torch.reevaluation import RandomState, random_state
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
+from cdat_torch.trial import evaluate_trial
 
 
 class StepInfo(NamedTuple):
@@ -86,7 +86,8 @@ class TunedOptimizer(Optimizer):
         The optimizer that gives the direction. It must not have a scheduler yet.
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
         The rule for the rate. A line search evaluates the closure again for each trial, with the
-        same random numbers and without moving buffers such as BatchNorm's running statistics.
+        same random numbers and without moving buffers such as BatchNorm's running statistics; with
+        a gradient only if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `cdat_torch.measure`.
     every : int
@@ -333,10 +334,15 @@ class TunedOptimizer(Optimizer):
         trial = self._rule.init(Measurement(point.value, slope, None), self._rate, self._rate)
         while not bool(trial.done):
             there = space.add_scale(here, trial.step_size, direction)
-            with moved(point.params, there), without_trace(point.params, point.start):
-                loss = point.closure()
-            check_scalar(loss, "closure")
-            trial = self._rule.tell(trial, loss.detach().to(self._rate))
+            told = evaluate_trial(
+                point.closure,
+                point.params,
+                there,
+                direction,
+                start=point.start,
+                needs=self._rule.trial_needs,
+            )
+            trial = self._rule.tell(trial, *(number.to(self._rate) for number in told))
         skip = ~torch.isfinite(slope)
         self._conclude(point.value, slope, None, trial.step_size, skip=skip)
         return trial.step_size, skip
