@@ -88,6 +88,13 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session
+def embedding(session: nox.Session) -> None:
+    """Run the core in frameworks that no package of cdat knows: the examples of the docs."""
+    install(session, ".", "test", "embedding")
+    pytest(session, "tests/embedding")
+
+
+@nox.session
 def lab(session: nox.Session) -> None:
     """Test the reproduction suite and its command line."""
     install(session, ".[all]", "test")

@@ -4,23 +4,48 @@ The core holds update rules (`tuners`, `linesearch`) on scalars and curvature es
 vectors. It needs nothing but the array API: importing it loads no array framework.
 """
 
-from cdat_core import linesearch, tuners
+from cdat_core import dynamics, linesearch, testing, tuners
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Measurement
-from cdat_core.curvature import directional_curvature, finite_difference_hvp, measure
-from cdat_core.eigenvalues import PowerIterationState, power_iteration
+from cdat_core.curvature import (
+    directional_curvature,
+    finite_difference_hvp,
+    measure,
+    preconditioned,
+)
+from cdat_core.density import SpectralDensity, spectral_density
+from cdat_core.eigenvalues import (
+    PowerIterationState,
+    TopEigenvalues,
+    power_iteration,
+    top_eigenvalues,
+)
+from cdat_core.krylov import LanczosResult, lanczos
 from cdat_core.spaces import ArraySpace, TupleSpace
+from cdat_core.trace import TraceEstimate, hutchinson_trace, hutchpp_trace
 
 __all__ = [
     "ArraySpace",
     "HessianVectorProduct",
     "InnerProductSpace",
+    "LanczosResult",
     "Measurement",
     "PowerIterationState",
+    "SpectralDensity",
+    "TopEigenvalues",
+    "TraceEstimate",
     "TupleSpace",
     "directional_curvature",
+    "dynamics",
     "finite_difference_hvp",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
     "linesearch",
     "measure",
     "power_iteration",
+    "preconditioned",
+    "spectral_density",
+    "testing",
+    "top_eigenvalues",
     "tuners",
 ]

@@ -67,12 +67,11 @@ def open_fraction(name: str, value: Any) -> Hyperparameter:
     return _checked(name, value, lambda x: 0 < x < 1, "in (0, 1)")
 
 
-def count(name: str, value: Any) -> int:
-    """Require a Python integer >= 1 (it fixes the length of a computation, so it is static)."""
+def count(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Require a Python integer >= `minimum` (it fixes the length of a computation: static)."""
+    msg = f"{name} must be an integer >= {minimum}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        msg = f"{name} must be an integer >= 1, got {value!r}"
         raise TypeError(msg)
-    if value < 1:
-        msg = f"{name} must be an integer >= 1, got {value!r}"
+    if value < minimum:
         raise ValueError(msg)
     return int(value)

@@ -5,12 +5,13 @@ import re
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.sparse.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult, rosen, rosen_der, rosen_hess, rosen_hess_prod
 
-from cdat_core import linesearch, tuners
-from cdat_core.scipy import minimize, tuned
+from cdat_core import Measurement, linesearch, tuners
+from cdat_core.scipy import as_linear_operator, from_linear_operator, minimize, tuned
 
 GREEDY = tuners.quadratically_greedy()
 SEARCH = linesearch.backtracking()
@@ -277,6 +278,38 @@ def test_shapes_of_the_functions_are_checked():
         minimize(bowl, [3.0], tuner=GREEDY, jac=bowl_der, hess="2-point")
 
 
+@pytest.mark.parametrize("x0", [[1j], ["a"], [None], "12"])
+def test_start_must_be_real(x0):
+    with pytest.raises(TypeError, match="^x0 must hold real numbers, got "):
+        minimize(bowl, x0, tuner=GREEDY, jac=bowl_der)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"maxiter": -1}, ValueError, "maxiter must be an integer >= 0, got -1"),
+        ({"maxiter": 2.5}, TypeError, "maxiter must be an integer >= 0, got 2.5"),
+        ({"gtol": -1e-3}, ValueError, "gtol must be a finite number >= 0, got -0.001"),
+        ({"gtol": np.nan}, ValueError, "gtol must be a finite number >= 0, got nan"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        minimize(bowl, [3.0], tuner=GREEDY, jac=bowl_der, options=options)
+
+
+@pytest.mark.parametrize("tuner", [GREEDY, tuners.polyak(f_min=100.0), tuners.constant(0.0)])
+def test_a_rate_that_stays_zero_ends_the_run(tuner):
+    """A straight line has no curvature; the loss is below f_min."""
+    options = {"maxiter": 50}
+    line = {"jac": np.ones_like, "hessp": lambda x, v: 0 * v}
+    result = minimize(lambda x: float(np.sum(x)), [3.0], tuner=tuner, options=options, **line)
+    assert not result.success
+    assert (result.status, result.nit) == ((1, 50) if tuner.needs == frozenset() else (4, 0))
+    if result.status == 4:
+        assert "initial_learning_rate" in result.message
+
+
 @pytest.mark.parametrize("x0", [[], [[1.0, 2.0]]])
 def test_start_must_be_a_vector(x0):
     with pytest.raises(ValueError, match="x0"):
@@ -367,6 +400,83 @@ def test_search_grows_its_first_guess_from_step_to_step():
     )
     assert result.x == -(0.5 + 1 + 2 + 4)
     assert (result.learning_rate, result.nit) == (4.0, 4)
+
+
+def test_accepted_trial_is_not_evaluated_again():
+    """One loss at the start, one for each trial; of zoom also one gradient for each."""
+    values, gradients = Counted(rosen), Counted(rosen_der)
+    for search in (linesearch.backtracking(), linesearch.zoom()):
+        values.calls = gradients.calls = 0
+        result = minimize(values, [0.5, 0.5], tuner=search, jac=gradients, options={"maxiter": 1})
+        start, down = np.array([0.5, 0.5]), -rosen_der([0.5, 0.5])
+        measurement = Measurement(np.asarray(rosen(start)), np.asarray(-down @ down), None)
+        trial = search.init(measurement, np.asarray(0.0))
+        while not trial.done:
+            there = start + trial.step_size * down
+            slope = rosen_der(there) @ down
+            trial = search.tell(trial, np.asarray(rosen(there)), np.asarray(slope))
+        assert result.nit == 1
+        assert values.calls == result.nfev == 1 + int(trial.trials)
+        gradients_of_trials = int(trial.trials) if "slope" in search.trial_needs else 1
+        assert gradients.calls == result.njev == 1 + gradients_of_trials
+
+
+def test_zoom_minimises_rosenbrock():
+    result = minimize(rosen, [0.5, 0.5], tuner=linesearch.zoom(), jac=rosen_der, options=LONG)
+    assert result.success
+    np.testing.assert_allclose(result.x, [1.0, 1.0], atol=1e-4)
+
+
+def test_sharpness_rule_follows_the_largest_eigenvalue():
+    """With sigma = 1 on a quadratic: gradient descent at 1 / lambda_max."""
+    eigenvalues = np.array([0.5, 1.0, 2.0, 4.0])
+    seen = []
+    result = minimize(
+        lambda x: 0.5 * float(x @ (eigenvalues * x)),
+        np.ones(4),
+        tuner=tuners.sharpness_edge(1.0),
+        jac=lambda x: eigenvalues * x,
+        hessp=lambda x, v: eigenvalues * v,
+        callback=seen.append,
+    )
+    assert result.success
+    np.testing.assert_allclose(seen[0], 1 - eigenvalues / 4.0, rtol=1e-12, atol=1e-12)
+    assert result.learning_rate == pytest.approx(0.25, rel=1e-6)
+    assert result.nhev <= 8 * result.nit
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 6))
+def test_linear_operators_go_both_ways(seed, n):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((n, n))
+    a = a + a.T
+    operator = as_linear_operator(lambda v: a @ v, np.zeros(n))
+    x = rng.standard_normal((n, 2))
+    np.testing.assert_allclose(operator @ x, a @ x, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(operator.T @ x, a @ x, rtol=1e-13, atol=1e-13)
+    for source in (operator, a, scipy.sparse.csr_array(a)):
+        np.testing.assert_allclose(from_linear_operator(source)(x[:, 0]), a @ x[:, 0], atol=1e-13)
+
+
+def test_linear_operator_of_arrays_of_any_shape():
+    factor = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    operator = as_linear_operator(lambda v: factor * v, np.zeros((2, 3), np.float32))
+    assert (operator.shape, operator.dtype) == ((6, 6), np.float32)
+    np.testing.assert_array_equal(operator @ np.ones(6), factor.reshape(-1))
+    back = from_linear_operator(operator)
+    np.testing.assert_array_equal(back(np.ones((2, 3))), factor)
+    largest = scipy.sparse.linalg.eigsh(operator, 1, return_eigenvectors=False)
+    assert largest[0] == pytest.approx(6.0, rel=1e-6)
+
+
+def test_linear_operators_of_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"operator must be square, got shape \(2, 3\)"):
+        from_linear_operator(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"hvp must return an array of shape \(2,\), got \(1,\)"):
+        as_linear_operator(lambda v: v[:1], np.zeros(2)) @ np.ones(2)
+    with pytest.raises(TypeError, match="like must have a real floating dtype, got int64"):
+        as_linear_operator(lambda v: v, np.zeros(2, np.int64))
 
 
 def test_display(capsys):

@@ -24,6 +24,9 @@ RULES = {
     "cdat sigma 1.5": tuners.cdat(1.5, 0.9),
     "cdat guarded": tuners.cdat(1.5, 0.9, initial_learning_rate=1e-3, max_growth=1.1),
     "greedy, averaged": tuners.quadratically_greedy(decay=0.9),
+    "gen": tuners.gen(),
+    "polyak": tuners.polyak(max_learning_rate=0.02),
+    "hypergradient": tuners.hypergradient(0.1),
     "constant": tuners.constant(0.01),
     "backtracking": linesearch.backtracking(initial_step_size=0.02, max_step_size=0.02),
 }

@@ -71,7 +71,7 @@ def polyak(
         held = xp.where(descends, state.rate, zero)  # a ratio beyond the dtype says nothing
         proposal = xp.where(usable, xp.where(usable, ratio, zero), held)
         rate = guards.limit(proposal, state.rate, first=state.step == 0)
-        return rate, state._replace(step=increment(state.step, usable))
+        return rate, state._replace(step=increment(state.step, usable & (rate > 0)))
 
     return from_rule(guards.start_state, rule, needs=("value", "slope"))
 

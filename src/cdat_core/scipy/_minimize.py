@@ -1,8 +1,4 @@
-"""Tuners as methods of `scipy.optimize.minimize`.
-
-The direction is steepest descent; the tuner or line search chooses the length of the step. This is
-the only module of the core that imports numpy and scipy.
-"""
+"""Tuners and line searches as methods of `scipy.optimize.minimize`."""
 
 from __future__ import annotations
 
@@ -12,81 +8,28 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from cdat_core._types import HessianVectorProduct, Measurement
-from cdat_core.curvature import finite_difference_hvp
-from cdat_core.curvature import measure as measure_along
+from cdat_core import _validation
+from cdat_core._types import Measurement
+from cdat_core.curvature import directional_curvature
+from cdat_core.eigenvalues import TopEigenvalues, top_eigenvalues
 from cdat_core.linesearch import LineSearch
+from cdat_core.scipy._problem import Problem, Vector, start_vector
 from cdat_core.spaces import ArraySpace
 from cdat_core.tuners import Tuner
 
-Vector = NDArray[np.floating[Any]]
+_SPACE = ArraySpace()
+_SHARPNESS_MATVECS = 8
 
 _MESSAGES = {
     0: "Optimization terminated successfully.",
     1: "Maximum number of iterations has been exceeded.",
     2: "The line search found no lower value.",
     3: "The loss, its gradient or its curvature is not finite.",
+    4: "The learning rate is 0 and stays so; try a tuner with an initial_learning_rate.",
     99: "`callback` raised `StopIteration`.",
 }
-
-
-class _Problem:
-    """The objective with its derivatives, each call counted."""
-
-    def __init__(
-        self,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        jac: Callable[..., Any] | None,
-        hess: Callable[..., Any] | None,
-        hessp: Callable[..., Any] | None,
-    ) -> None:
-        if not callable(jac):
-            msg = (
-                f"jac must be the gradient function (or True if fun returns it), got {jac!r}; "
-                "for a numerical one pass jac=lambda x, *args: "
-                "scipy.optimize.approx_fprime(x, fun, 1.5e-8, *args)"
-            )
-            raise ValueError(msg)
-        for name, function in (("hess", hess), ("hessp", hessp)):
-            if function is not None and not callable(function):
-                msg = f"{name} must be callable or None, got {function!r}"
-                raise ValueError(msg)
-        self._fun, self._args, self._jac, self._hess, self._hessp = fun, args, jac, hess, hessp
-        self.nfev = self.njev = self.nhev = 0
-
-    def value(self, x: Vector) -> Any:
-        self.nfev += 1
-        result = np.asarray(self._fun(np.copy(x), *self._args))
-        if result.size != 1:
-            msg = f"fun must return a scalar, got an array of shape {result.shape}"
-            raise ValueError(msg)
-        return result.reshape(()).astype(x.dtype)
-
-    def grad(self, x: Vector) -> Vector:
-        self.njev += 1
-        assert callable(self._jac)
-        result = np.asarray(self._jac(np.copy(x), *self._args), dtype=x.dtype)
-        if result.shape != x.shape:
-            msg = f"jac must return an array of shape {x.shape}, got {result.shape}"
-            raise ValueError(msg)
-        return result
-
-    def hvp(self, x: Vector, space: ArraySpace) -> HessianVectorProduct[Vector]:
-        """Return ``v -> H(x) v`` from hessp, hess or, failing both, differences of gradients."""
-        if self._hessp is None and self._hess is None:
-            return finite_difference_hvp(self.grad, x, space=space)
-
-        def product(v: Vector, /) -> Vector:
-            self.nhev += 1
-            if self._hessp is not None:
-                return np.asarray(self._hessp(np.copy(x), v, *self._args), dtype=x.dtype)
-            assert self._hess is not None
-            return np.asarray(self._hess(np.copy(x), *self._args) @ v, dtype=x.dtype)
-
-        return product
 
 
 def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optimize.OptimizeResult]:
@@ -103,7 +46,8 @@ def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optim
         Its options are ``maxiter`` (default 1000), ``gtol`` (default 1e-5: stop when the largest
         component of the gradient is below it; ``tol`` of `minimize` sets it too) and ``disp``.
         `jac` is required. The curvature comes from `hessp`, else from `hess`, else from central
-        differences of `jac`. Bounds and constraints are refused.
+        differences of `jac`; a sharpness is the largest Ritz value of at most 8 such products,
+        started from the last one. Bounds and constraints are refused.
 
     Examples
     --------
@@ -142,16 +86,12 @@ def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optim
         if np.any(constraints):
             msg = f"constraints are not supported by a tuned gradient descent, got {constraints!r}"
             raise ValueError(msg)
-        start = np.array(x0, dtype=np.result_type(np.asarray(x0).dtype, np.float32), ndmin=1)
-        if np.asarray(x0).dtype.kind in "iub":
-            start = np.array(x0, dtype=np.float64, ndmin=1)
-        if start.ndim != 1 or start.size == 0:
-            msg = f"x0 must be a non-empty vector, got an array of shape {np.shape(x0)}"
-            raise ValueError(msg)
-        problem = _Problem(fun, args, jac, hess, hessp)
-        result = _descend(
-            problem, start, tuner_or_search, callback, maxiter, gtol if tol is None else tol
-        )
+        maxiter = _validation.count("maxiter", maxiter, minimum=0)
+        name, tolerance = ("gtol", gtol) if tol is None else ("tol", tol)
+        tolerance = _validation.nonnegative(name, tolerance)
+        start = start_vector(x0)
+        problem = Problem(fun, args, jac, hess, hessp)
+        result = _descend(problem, start, tuner_or_search, callback, maxiter, tolerance)
         if disp:
             summary = f"fun={result.fun:.6g} nit={result.nit} nfev={result.nfev}"
             print(result.message, summary)  # noqa: T201
@@ -232,16 +172,17 @@ def minimize(
 
 
 def _descend(
-    problem: _Problem,
+    problem: Problem,
     x: Vector,
     tuner_or_search: Tuner[Any] | LineSearch,
     callback: Callable[..., Any] | None,
     maxiter: int,
     gtol: float,
 ) -> scipy.optimize.OptimizeResult:
-    space = ArraySpace()
     like = np.zeros((), dtype=x.dtype)
-    state: Any = tuner_or_search.init(like) if isinstance(tuner_or_search, Tuner) else None
+    tuner = tuner_or_search if isinstance(tuner_or_search, Tuner) else None
+    state: Any = None if tuner is None else tuner.init(like)
+    model = _Model(problem)
     rate = like
     value, grad = problem.value(x), problem.grad(x)
     nit = 0
@@ -256,27 +197,24 @@ def _descend(
             status = 1
             break
         direction = -grad
-        if isinstance(tuner_or_search, Tuner):
-            if "curvature" in tuner_or_search.needs:
-                hvp = problem.hvp(x, space)
-                measurement = measure_along(value, grad, hvp, direction, space=space)
-            else:
-                measurement = Measurement(value, space.vdot(grad, direction), None)
-            skipped = state.skipped
-            rate, state = tuner_or_search.update(measurement, state)
-            if state.skipped > skipped:
+        measurement = Measurement(value, _SPACE.vdot(grad, direction), None)
+        if tuner is not None:
+            before = state
+            measurement = model.complete(measurement, tuner.needs, x, direction)
+            rate, state = tuner.update(measurement, state)
+            if state.skipped > before.skipped:
                 status = 3
                 break
+            if rate == 0 and state == before:  # nothing will ever change
+                status = 4
+                break
         else:
-            measurement = Measurement(value, space.vdot(grad, direction), None)
-            trial = tuner_or_search.init(measurement, like, rate if nit else None)
-            while not trial.done:
-                trial = tuner_or_search.tell(trial, problem.value(x + trial.step_size * direction))
-            if trial.failed and not trial.step_size > 0:
+            assert isinstance(tuner_or_search, LineSearch)
+            rate, found = _search(problem, tuner_or_search, x, direction, measurement, rate)
+            if not found:
                 status = 2
                 break
-            rate = trial.step_size
-        x = space.add_scale(x, rate, direction)
+        x = _SPACE.add_scale(x, rate, direction)
         value, grad = problem.value(x), problem.grad(x)
         nit += 1
         if callback is not None and _stops(callback, x, value):
@@ -295,6 +233,51 @@ def _descend(
         success=status == 0,
         message=_MESSAGES[status],
     )
+
+
+def _search(
+    problem: Problem,
+    search: LineSearch,
+    x: Vector,
+    direction: Vector,
+    measurement: Measurement,
+    previous: Any,
+) -> tuple[Any, bool]:
+    """Return the step and whether it moves; `previous` is the last one, or 0."""
+    trial = search.init(measurement, np.zeros_like(previous), previous)
+    while not trial.done:
+        there = _SPACE.add_scale(x, trial.step_size, direction)
+        slope = None
+        if "slope" in search.trial_needs:
+            slope = _SPACE.vdot(problem.grad(there), direction)
+        trial = search.tell(trial, problem.value(there), slope)
+    return trial.step_size, bool(trial.step_size > 0)
+
+
+class _Model:
+    """The second-order part of the measurements; remembers the sharpest direction."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._sharpest: TopEigenvalues[Vector] | None = None
+
+    def complete(
+        self, measurement: Measurement, needs: frozenset[str], x: Vector, direction: Vector
+    ) -> Measurement:
+        """Return the measurement with curvature and sharpness, as far as they are needed."""
+        hvp = self._problem.hvp(x, _SPACE)
+        if "curvature" in needs:
+            curvature = directional_curvature(hvp, direction, space=_SPACE)
+            measurement = measurement._replace(curvature=curvature)
+        if "sharpness" in needs:
+            start = direction / np.linalg.norm(direction)
+            if self._sharpest is not None:
+                # Some of both: the last eigenvector alone would hide one that has become sharper.
+                start = start + self._sharpest.vectors[0]
+            matvecs = min(direction.size, _SHARPNESS_MATVECS)
+            self._sharpest = top_eigenvalues(hvp, start, num_matvecs=matvecs, space=_SPACE)
+            measurement = measurement._replace(sharpness=self._sharpest.values[0])
+        return measurement
 
 
 def _stops(callback: Callable[..., Any], x: Vector, value: Any) -> bool:
