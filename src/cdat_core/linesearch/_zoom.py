@@ -273,12 +273,13 @@ def _told(rules: _Rules, state: ZoomState, value: Scalar, slope: Scalar) -> Zoom
     width, middle = xp.abs(high.step - low.step), low.step + (high.step - low.step) / 2
     left, right = xp.minimum(low.step, high.step), xp.maximum(low.step, high.step)
     slow = finite & (width >= REMAINDER * state.previous_width)
-    outside = ~((left < following) & (following < right))
-    following = xp.where(closed & (slow | outside), middle, following)
+    inside = (left < following) & (following < right)
+    following = xp.where(closed & (slow | ~inside), middle, following)
     # Where the loss no longer tells the two ends apart, the slopes will soon be noise as well.
     level = xp.abs(high.value - low.value) <= rounding
     resolution = xp.where(level, eps**0.5 * right, 4 * eps * right)
-    stuck = xp.where(closed, width <= resolution, following <= like)
+    narrow = (width <= resolution) | (middle == left) | (middle == right)
+    stuck = xp.where(closed, narrow, following <= like)
 
     trials = state.trials + 1
     failed = ~accepted & (stuck | (trials >= rules.max_trials))
