@@ -96,7 +96,7 @@ class TopEigenvalues(NamedTuple, Generic[V]):
         An approximate eigenvector of unit norm for each. Its inner product with the start vector
         is not negative.
     residual_norms : array
-        ``|H v - value * v|`` for each pair, up to rounding errors of |H|: an eigenvalue of H lies
+        ``|H v - value * v|`` for each pair, up to rounding errors of H: an eigenvalue of H lies
         at most this far from the value.
     num_matvecs : Scalar
         Hessian-vector products spent by this call, int32.
@@ -187,12 +187,8 @@ def top_eigenvalues(
             f"got num_matvecs={num_matvecs} and k={k}"
         )
         raise ValueError(msg)
-    if isinstance(start, TopEigenvalues):
-        total = start.vectors[0]
-        for vector in start.vectors[1:]:
-            total = space.add_scale(total, 1.0, vector)
-        start = total
-    run = lanczos(hvp, start, num_matvecs=num_matvecs, space=space)
+    vector = _sum(start.vectors, space) if isinstance(start, TopEigenvalues) else start
+    run = lanczos(hvp, vector, num_matvecs=num_matvecs, space=space)
     ritz = ritz_decomposition(run.diagonal, run.off_diagonal, run.num_valid)
     xp = namespace(run.diagonal)
     index = _selected(run.num_valid, k, which)
@@ -225,6 +221,14 @@ def _selected(num_valid: Scalar, k: int, which: str) -> Scalar:
     if which == "smallest":
         return xp.stack(descending(bottom, 0, k))
     return xp.stack(descending(num_valid, 0, k) + descending(bottom, k, k))
+
+
+def _sum(vectors: tuple[V, ...], space: InnerProductSpace[V]) -> V:
+    """Return the sum of the vectors."""
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = space.add_scale(total, 1.0, vector)
+    return total
 
 
 def _combination(vectors: tuple[V, ...], weights: Scalar, space: InnerProductSpace[V]) -> V:

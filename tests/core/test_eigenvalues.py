@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from cdat_core import ArraySpace, TupleSpace, power_iteration
-from cdat_core.eigenvalues import TopEigenvalues, top_eigenvalues
+from cdat_core import ArraySpace, TopEigenvalues, TupleSpace, power_iteration, top_eigenvalues
 
 SPACE = ArraySpace()
 RNG = np.random.default_rng(7)

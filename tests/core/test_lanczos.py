@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdat_core import ArraySpace, TupleSpace
+from cdat_core import ArraySpace, TupleSpace, lanczos
 from cdat_core._tridiagonal import ritz_decomposition, tridiagonal_matrix
-from cdat_core.krylov import lanczos
 
 SPACE = ArraySpace()
 

@@ -4,8 +4,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
-from cdat_core import ArraySpace, TupleSpace
-from cdat_core.krylov import lanczos
+from cdat_core import ArraySpace, TupleSpace, lanczos
 
 
 def test_half_precision_is_accumulated_in_single():

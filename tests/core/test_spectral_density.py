@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance
 
-from cdat_core import ArraySpace, TupleSpace
-from cdat_core.density import _wasserstein, spectral_density
+from cdat_core import ArraySpace, TupleSpace, spectral_density
+from cdat_core.density import _wasserstein
 
 SPACE = ArraySpace()
 

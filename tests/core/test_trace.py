@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cdat_core import ArraySpace, TupleSpace
-from cdat_core.trace import hutchinson_trace, hutchpp_trace
+from cdat_core import ArraySpace, TupleSpace, hutchinson_trace, hutchpp_trace
 
 SPACE = ArraySpace()
 
