@@ -109,12 +109,12 @@ class Trajectory(NamedTuple):
 
     Attributes
     ----------
-    sharpness, displacement : array, shape (steps + 1, ...)
-        Before each step, and after the last.
-    value : array, shape (steps + 1, ...)
-        The loss there.
-    learning_rate : array, shape (steps, ...)
-        The rate of each step.
+    sharpness, displacement : array
+        Before each step and after the last, shape (steps + 1, ...).
+    value : array
+        The loss there, shape (steps + 1, ...).
+    learning_rate : array
+        The rate of each step, shape (steps, ...).
     """
 
     sharpness: Any

@@ -69,8 +69,8 @@ def measure(
     """
     check_method(curvature)
     dtype = scalar_dtype(params)
-    direction = _tangent(params, direction)
-    checked = _require_scalar(value_fn)
+    direction = tangent_like(params, direction)
+    checked = require_scalar(value_fn)
     model = _MODELS[curvature](checked, params, direction)
     return cdat_core.Measurement(*(field.astype(dtype) for field in model))
 
@@ -100,16 +100,18 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     >>> [float(x) for x in product(jnp.array([1.0, 1.0]))]
     [6.0, 12.0]
     """
-    _, product = jax.linearize(jax.grad(_require_scalar(value_fn)), params)
+    _, product = jax.linearize(jax.grad(require_scalar(value_fn)), params)
 
     def checked(v: PyTree, /) -> PyTree:
         # Conjugated like the gradient itself: jax.grad returns the conjugate of the gradient.
-        return jax.tree.map(jnp.conj, product(_tangent(params, v)))
+        return jax.tree.map(jnp.conj, product(tangent_like(params, v)))
 
     return checked
 
 
-def _require_scalar(value_fn: Objective) -> Objective:
+def require_scalar(value_fn: Objective) -> Objective:
+    """Return `value_fn` with a ValueError where it returns anything but a scalar."""
+
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
         if jnp.shape(value) != ():
@@ -120,7 +122,9 @@ def _require_scalar(value_fn: Objective) -> Objective:
     return checked
 
 
-def _tangent(params: PyTree, direction: PyTree) -> PyTree:
+def tangent_like(params: PyTree, direction: PyTree) -> PyTree:
+    """Return `direction` in the dtypes of `params`; a ValueError if the shapes differ."""
+
     def like(p: Any, u: Any) -> jax.Array:
         if jnp.shape(p) != jnp.shape(u):
             msg = f"direction must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
@@ -163,17 +167,20 @@ def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
         return jax.jvp(value_fn, (p,), (u,))
 
     # Asked of a trace, because some uses of a custom_vjp fail only when they are compiled.
-    reverse = _holds("custom_lin", jax.make_jaxpr(along)(params, direction))
+    reverse = contains_primitive("custom_lin", jax.make_jaxpr(along)(params, direction))
     model = _forward_over_reverse if reverse else _forward_over_forward
     return model(value_fn, params, direction)
 
 
-def _holds(primitive: str, traced: Any) -> bool:
+def contains_primitive(primitive: str, traced: Any) -> bool:
     """Whether a jaxpr, closed or not, or one inside it, applies the primitive of that name."""
     equations = getattr(getattr(traced, "jaxpr", traced), "eqns", ())
     return any(
         equation.primitive.name == primitive
-        or any(_holds(primitive, leaf) for leaf in jax.tree.leaves(list(equation.params.values())))
+        or any(
+            contains_primitive(primitive, leaf)
+            for leaf in jax.tree.leaves(list(equation.params.values()))
+        )
         for equation in equations
     )
 

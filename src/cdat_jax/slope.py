@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cdat_jax.curvature import Objective, _holds, _require_scalar, _tangent
+from cdat_jax.curvature import Objective, contains_primitive, require_scalar, tangent_like
 from cdat_jax.spaces import PyTree, TreeSpace
 
 
@@ -29,13 +29,13 @@ def value_and_slope(
     value, slope : jax.Array
         0-d arrays.
     """
-    objective, u = _require_scalar(value_fn), _tangent(params, direction)
+    objective, u = require_scalar(value_fn), tangent_like(params, direction)
 
     def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
         value, slope = jax.jvp(objective, (p,), (u,))
         return value, slope
 
-    if not _holds("custom_lin", jax.make_jaxpr(along)(params)):
+    if not contains_primitive("custom_lin", jax.make_jaxpr(along)(params)):
         return along(params)
     value, grad = jax.value_and_grad(objective)(params)
     return value, TreeSpace().vdot(jax.tree.map(jnp.conj, grad), u)
