@@ -17,6 +17,10 @@ TUNERS = {
     "guarded": tuners.cdat(initial_learning_rate=1e-2, max_growth=1.1, max_learning_rate=1.0),
     "greedy": tuners.quadratically_greedy(),
     "on-edge": tuners.on_edge(),
+    "gen": tuners.gen(0.5),
+    "polyak": tuners.polyak(),
+    "hypergradient": tuners.hypergradient(0.1),
+    "sharpness-edge": tuners.sharpness_edge(),
     "constant": tuners.constant(0.1),
     "scheduled": tuners.scheduled(lambda step: 0.1 / (1 + step)),
 }
@@ -33,7 +37,7 @@ TELL = {backend: BACKENDS[backend].wrap(SEARCH.tell) for backend in BACKENDS}
 sizes = st.floats(2**-10, 2**10, width=32)
 special = st.sampled_from([0.0, math.nan, math.inf, -math.inf])
 scalars = st.one_of(sizes, sizes, sizes.map(lambda x: -x), special)
-histories = st.lists(st.tuples(scalars, scalars, scalars), min_size=1, max_size=8)
+histories = st.lists(st.tuples(scalars, scalars, scalars, scalars), min_size=1, max_size=8)
 
 
 def states_of(backend, dtype, tuner, history):

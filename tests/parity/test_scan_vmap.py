@@ -24,6 +24,10 @@ TUNERS = {
     "guarded": tuners.cdat(**GUARDS),
     "greedy": tuners.quadratically_greedy(),
     "on-edge": tuners.on_edge(),
+    "gen": tuners.gen(),
+    "polyak": tuners.polyak(),
+    "hypergradient": tuners.hypergradient(),
+    "sharpness-edge": tuners.sharpness_edge(**GUARDS),
     "constant": tuners.constant(0.1),
     "scheduled": tuners.scheduled(lambda step: 0.1 / (1 + step)),
 }
@@ -38,8 +42,8 @@ CURVATURES[2], CURVATURES[5], CURVATURES[9] = 0.0, -0.7, np.inf
 
 
 def history(dtype):
-    values = jnp.ones(STEPS, dtype)
-    return Measurement(values, jnp.asarray(SLOPES, dtype), jnp.asarray(CURVATURES, dtype))
+    slopes, curvatures = jnp.asarray(SLOPES, dtype), jnp.asarray(CURVATURES, dtype)
+    return Measurement(jnp.ones(STEPS, dtype), slopes, curvatures, jnp.abs(curvatures))
 
 
 def loop(tuner, measurements):
@@ -209,11 +213,12 @@ def test_tensor_hyperparameters_do_not_synchronise():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("previous", [None, torch.float64])
-def test_line_search_does_not_synchronise(dtype, previous):
-    search = linesearch.backtracking(max_step_size=1.0)
+@pytest.mark.parametrize("build", [linesearch.backtracking, linesearch.zoom])
+def test_line_search_does_not_synchronise(build, dtype, previous):
+    search = build(max_step_size=1.0)
     start = Measurement(meta(), meta(), None)
     state = search.init(start, meta(dtype), None if previous is None else meta(previous))
-    after = search.tell(state, meta())
+    after = search.tell(state, meta(), meta())
     assert on_meta(after) == on_meta(state)
     assert after.step_size.dtype == dtype
 
