@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdat_core import ArraySpace, TupleSpace, lanczos
+from cdat_core._orthogonal import remainder
 from cdat_core._tridiagonal import ritz_decomposition, tridiagonal_matrix
 
 SPACE = ArraySpace()
@@ -244,6 +245,27 @@ def test_copies_of_converged_eigenvalues_appear_without_reorthogonalisation():
         copies.append(np.count_nonzero(np.abs(found - 50.0) < 1e-6))
     assert copies[0] == 1
     assert copies[1] > 1
+
+
+@pytest.mark.parametrize("part", [1.0, 1e-3, 1e-5, 1e-7])
+def test_two_passes_make_orthogonal_what_lies_nearly_in_the_span(part):
+    """After one pass an angle of eps / part would be left."""
+    q, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((50, 11)))
+    basis, x = list(q[:, :10].T), q[:, :10].sum(axis=1) + part * q[:, 10]
+    rest, length, collapsed = remainder(x, basis, space=SPACE)
+    assert not collapsed
+    assert float(length) == pytest.approx(part, rel=1e-14 / part)
+    np.testing.assert_allclose(q[:, :10].T @ rest / length, 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_what_lies_in_the_span_collapses(name):
+    """Here the span is the whole space; no epsilon is needed to see it."""
+    q, _ = np.linalg.qr(np.random.default_rng(5).standard_normal((4, 4)))
+    q = q.astype(name)
+    for x in np.random.default_rng(6).standard_normal((20, 4)).astype(name):
+        _, length, collapsed = remainder(x, list(q.T), space=SPACE)
+        assert collapsed or length == 0
 
 
 class Opaque:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cdat_core import ArraySpace, TupleSpace, hutchinson_trace, hutchpp_trace
+from cdat_core.trace import _range_basis
 
 SPACE = ArraySpace()
 
@@ -173,6 +174,25 @@ def test_rank_deficient_sketches_are_dropped(xp, dtype, eps):
         space=SPACE,
     )
     assert float(full.estimate) == pytest.approx(10.0, rel=64 * eps)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_basis_of_the_sketch_is_orthonormal_or_zero(name):
+    """Three dimensions hold three directions, whatever the rounding errors of the vectors are."""
+    for seed in range(10):
+        products = [z.astype(name) for z in draw("gaussians", seed, 6, 3)]
+        basis = np.stack([wide(q) for q in _range_basis(products, SPACE)])
+        norms = np.linalg.norm(basis, axis=1)
+        assert np.count_nonzero(norms) == 3
+        eps = float(np.finfo(name).eps)
+        np.testing.assert_allclose(basis @ basis.T, np.diag(norms != 0), atol=16 * eps)
+
+
+def test_dependent_products_leave_the_sketch(xp, dtype):
+    x = xp.asarray(draw("gaussians", 11, 1)[0], dtype=dtype)
+    other = xp.asarray(draw("gaussians", 12, 1)[0], dtype=dtype)
+    basis = _range_basis([x, 3 * x, 0 * x, other, x - other / 3], SPACE)
+    assert [bool(wide(q).any()) for q in basis] == [True, False, False, True, False]
 
 
 def test_one_probe_outside_has_no_standard_error(xp, dtype):
