@@ -49,10 +49,10 @@ def backtracking(
 ) -> LineSearch:
     """Shrink the step until the loss falls enough (Armijo).
 
-    A trial eta is accepted when ``f(w + eta u) <= f(w) + sufficient_decrease * eta * slope +
-    value_rtol * |f(w)|``. The last term is the rounding of the loss: without it a search in float32
-    cannot end near a minimum. The first guess is `increase_factor` times the step accepted at the
-    training step before. A trial that is not finite counts as too long.
+    A trial eta is accepted [Armijo1966]_ when ``f(w + eta u) <= f(w) + sufficient_decrease * eta *
+    slope + value_rtol * |f(w)|``. The last term is the rounding of the loss: without it a search in
+    float32 cannot end near a minimum. The first guess is `increase_factor` times the step accepted
+    at the training step before. A trial that is not finite counts as too long.
 
     If the slope is not negative or not finite, the search fails at once with step 0. If the trials
     run out, it fails with the trial of lowest loss, or 0 if none lowered the loss.
@@ -86,7 +86,7 @@ def backtracking(
 
     References
     ----------
-    .. [1] L. Armijo, "Minimization of functions having Lipschitz continuous first partial
+    .. [Armijo1966] L. Armijo, "Minimization of functions having Lipschitz continuous first partial
        derivatives", Pacific J. Math. 16 (1966).
 
     Examples

@@ -81,9 +81,9 @@ def zoom(
     of the loss within it are not interpolated either. Unlike backtracking the search also
     lengthens a step that is too short. A trial costs the loss and its derivative along the update.
 
-    Trials follow Moré and Thuente [1]_: as long as the loss keeps descending they grow by a factor
-    of up to 5; once a minimum is bracketed, they are minimisers of cubics and parabolas through the
-    known points, and a bracket that shrinks too slowly is halved. The first guess is
+    Trials follow Moré and Thuente [More1994]_: as long as the loss keeps descending they grow by a
+    factor of up to 5; once a minimum is bracketed, they are minimisers of cubics and parabolas
+    through the known points, and a bracket that shrinks too slowly is halved. The first guess is
     `increase_factor` times the step accepted at the training step before. With the default of 1 a
     step that still fits costs one trial only; since `curvature_condition` = 0.9 is lenient, it may
     then stay well below the minimiser along the update.
@@ -128,7 +128,7 @@ def zoom(
 
     References
     ----------
-    .. [1] J. J. Moré and D. J. Thuente, "Line search algorithms with guaranteed sufficient
+    .. [More1994] J. J. Moré and D. J. Thuente, "Line search algorithms with guaranteed sufficient
        decrease", ACM Trans. Math. Softw. 20 (1994).
 
     Examples

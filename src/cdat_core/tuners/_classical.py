@@ -19,10 +19,10 @@ def polyak(
 ) -> Tuner[RateState]:
     """Step to where the linear model of the loss reaches `f_min`: ``eta = (f - f_min) / -slope``.
 
-    For ``u = -g`` this is Polyak's rate ``(f - f_min) / |g|**2`` [1]_; with `max_learning_rate` it
-    is the bounded stochastic Polyak step of [2]_. It needs no curvature, but a good `f_min`: too
-    low a one makes the rate grow without bound near the minimum. Where the update does not descend,
-    or the loss is not above `f_min`, the rate is 0.
+    For ``u = -g`` this is Polyak's rate ``(f - f_min) / |g|**2`` [Polyak1987]_; with
+    `max_learning_rate` it is the bounded stochastic Polyak step of [Loizou2021]_. It needs no
+    curvature, but a good `f_min`: too low a one makes the rate grow without bound near the minimum.
+    Where the update does not descend, or the loss is not above `f_min`, the rate is 0.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ def polyak(
 
     References
     ----------
-    .. [1] B. T. Polyak, "Introduction to Optimization", Optimization Software, 1987.
-    .. [2] N. Loizou, S. Vaswani, I. Laradji, S. Lacoste-Julien, "Stochastic Polyak Step-size for
-       SGD", AISTATS 2021, arXiv:2002.10542.
+    .. [Polyak1987] B. T. Polyak, "Introduction to Optimization", Optimization Software, 1987.
+    .. [Loizou2021] N. Loizou, S. Vaswani, I. Laradji, S. Lacoste-Julien, "Stochastic Polyak
+       Step-size for SGD", AISTATS 2021, arXiv:2002.10542.
 
     Examples
     --------
@@ -85,13 +85,13 @@ def hypergradient(
 ) -> Tuner[RateState]:
     """Let the rate itself descend: ``eta <- eta * (1 - hyper_learning_rate * h)``.
 
-    Hypergradient descent [1]_ moves the rate against the derivative of the loss with respect to the
-    rate. Here that derivative is taken from the quadratic model, at the rate that is in use:
-    ``slope + eta * curvature``. On a quadratic loss it is the inner product of the next gradient
-    with this update, which the original computes one step later. Normalised, ``h = (slope + eta *
-    curvature) / (|slope| + eta * |curvature|)`` lies in [-1, 1], so the rate stays positive and
-    does not depend on the scale of the loss or the update. Both choices are those of this library.
-    The rule comes to rest at the greedy rate ``-slope / curvature``, only slower.
+    Hypergradient descent [Baydin2018]_ moves the rate against the derivative of the loss with
+    respect to the rate. Here that derivative is taken from the quadratic model, at the rate that is
+    in use: ``slope + eta * curvature``. On a quadratic loss it is the inner product of the next
+    gradient with this update, which the original computes one step later. Normalised, ``h = (slope
+    + eta * curvature) / (|slope| + eta * |curvature|)`` lies in [-1, 1], so the rate stays positive
+    and does not depend on the scale of the loss or the update. Both choices are those of this
+    library. The rule comes to rest at the greedy rate ``-slope / curvature``, only slower.
 
     Parameters
     ----------
@@ -114,8 +114,8 @@ def hypergradient(
 
     References
     ----------
-    .. [1] A. G. Baydin, R. Cornish, D. Martinez Rubio, M. Schmidt, F. Wood, "Online Learning Rate
-       Adaptation with Hypergradient Descent", ICLR 2018, arXiv:1703.04782.
+    .. [Baydin2018] A. G. Baydin, R. Cornish, D. Martinez Rubio, M. Schmidt, F. Wood, "Online
+       Learning Rate Adaptation with Hypergradient Descent", ICLR 2018, arXiv:1703.04782.
 
     Examples
     --------

@@ -47,9 +47,9 @@ def cdat(
 
     n is the moving average of ``max(-slope, 0)`` and d that of ``|curvature|``. With sigma = 1 the
     rate minimises the (averaged) quadratic model, with sigma = 2 it sits on the edge where the
-    model returns to the present loss. The method is from [1]_; start rate, growth cap, upper bound,
-    the skip of non-finite measurements and the hold at zero curvature are additions of this
-    library.
+    model returns to the present loss. The method is from [Roulet2024]_; start rate, growth cap,
+    upper bound, the skip of non-finite measurements and the hold at zero curvature are additions of
+    this library.
 
     With eps = 0 a measurement of zero curvature says nothing about the rate: the averages stay and
     the last rate holds (0 before the first rate, unless `initial_learning_rate` is given). A tiny
@@ -86,8 +86,8 @@ def cdat(
 
     References
     ----------
-    .. [1] V. Roulet, A. Agarwala, J.-B. Grill, G. Swirszcz, M. Blondel, F. Pedregosa, "Stepping on
-       the Edge: Curvature Aware Learning Rate Tuners", 2024, arXiv:2407.06183.
+    .. [Roulet2024] V. Roulet, A. Agarwala, J.-B. Grill, G. Swirszcz, M. Blondel, F. Pedregosa,
+       "Stepping on the Edge: Curvature Aware Learning Rate Tuners", 2024, arXiv:2407.06183.
 
     Examples
     --------
@@ -241,10 +241,10 @@ def gen(
 ) -> Tuner[CDATState]:
     """Follow the generalized Newton rule: greedy on averages, at most a factor two per update.
 
-    The rate ``-slope / curvature`` of a generalized Newton step [1]_, from moving averages of both
-    as in `cdat` with sigma = 1, and never less than half or more than twice the last one. Made for
-    a curvature that is refreshed every few steps. The published code averages the rate, not its two
-    parts; averaging the parts is a choice of this library.
+    The rate ``-slope / curvature`` of a generalized Newton step [Bu2025]_, from moving averages of
+    both as in `cdat` with sigma = 1, and never less than half or more than twice the last one. Made
+    for a curvature that is refreshed every few steps. The published code averages the rate, not its
+    two parts; averaging the parts is a choice of this library.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ def gen(
 
     References
     ----------
-    .. [1] Z. Bu, S. Xu, "Gradient descent with generalized Newton's method", ICLR 2025,
+    .. [Bu2025] Z. Bu, S. Xu, "Gradient descent with generalized Newton's method", ICLR 2025,
        arXiv:2407.02772.
 
     Examples
