@@ -27,6 +27,15 @@ def directional_curvature(
     -------
     Scalar
         The directional curvature, in units of loss per squared learning rate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> H = np.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> u = np.array([1.0, -1.0])
+    >>> float(directional_curvature(lambda v: H @ v, u, space=ArraySpace()))
+    3.0
     """
     return space.vdot(direction, hvp(direction))
 
@@ -58,6 +67,17 @@ def measure(
     -------
     Measurement
         value, slope <g, u> and curvature <u, H u>.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> w = np.array([1.0, 2.0])  # the loss is sum(w**3)
+    >>> model = measure(
+    ...     np.sum(w**3), 3 * w**2, lambda v: 6 * w * v, np.array([0.0, -1.0]), space=ArraySpace()
+    ... )
+    >>> [float(x) for x in model[:3]]
+    [9.0, -12.0, 12.0]
     """
     return Measurement(
         value=value,
@@ -96,6 +116,15 @@ def finite_difference_hvp(
     -------
     HessianVectorProduct
         A callable; the product with the zero vector is the zero vector.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> w = np.array([1.0, 2.0])
+    >>> hvp = finite_difference_hvp(lambda w: 3 * w**2, w, space=ArraySpace())
+    >>> hvp(np.array([1.0, 1.0])).round(8).tolist()
+    [6.0, 12.0]
 
     Notes
     -----

@@ -61,6 +61,17 @@ class JointModel(NamedTuple):
         b, its decrease per unit of time and of squared displacement.
     decay_time : float
         tau, steps after which gradient and sharpening have halved.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core.dynamics import JointModel, ModelState
+    >>> state = ModelState(np.asarray(0.1), np.asarray(2.0), np.asarray(0, dtype=np.int32))
+    >>> model = JointModel()
+    >>> round(float(model.measure(state).slope), 6)
+    -0.0425
+    >>> round(float(model.advance(state, np.asarray(0.25)).displacement), 6)
+    0.05
     """
 
     gradient_norm: Any = 0.05

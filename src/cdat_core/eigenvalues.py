@@ -63,6 +63,15 @@ def power_iteration(
     PowerIterationState
         The new iterate with its Rayleigh quotient and residual.
 
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> H = np.diag([1.0, 2.0, 8.0])
+    >>> state = power_iteration(lambda v: H @ v, np.ones(3), num_matvecs=20, space=ArraySpace())
+    >>> round(float(state.eigenvalue), 9), int(state.num_matvecs)
+    (8.0, 20)
+
     Notes
     -----
     Squared lengths must stay in the range of the scalars. In float32 a start vector or a product

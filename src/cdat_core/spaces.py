@@ -23,6 +23,14 @@ class ArraySpace:
 
     Complex arrays are taken as real vectors of twice the length: ``vdot`` is ``Re <x, y>``.
     The inner product is accumulated in the dtype of the arrays, or in float32 if that is narrower.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> x, y = np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]])
+    >>> float(ArraySpace().vdot(x, y)), ArraySpace().add_scale(x, 2.0, y).tolist()
+    (11.0, [[7.0, 10.0]])
     """
 
     def vdot(self, x: Array, y: Array) -> Scalar:
@@ -57,7 +65,16 @@ class ArraySpace:
 
 @dataclass(frozen=True)
 class TupleSpace:
-    """Tuples of arrays, such as the weights of a network; inner products of the parts add up."""
+    """Tuples of arrays, such as the weights of a network; inner products of the parts add up.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import TupleSpace
+    >>> weights_and_bias = (np.ones((2, 2)), np.asarray(3.0))
+    >>> float(TupleSpace().vdot(weights_and_bias, weights_and_bias))
+    13.0
+    """
 
     def vdot(self, x: tuple[Array, ...], y: tuple[Array, ...]) -> Scalar:
         """Return the sum over the parts of ``Re <x_i, y_i>`` as a 0-d array.

@@ -75,6 +75,18 @@ def from_rule(
     Returns
     -------
     Tuner
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> def newton(measurement, state):
+    ...     return -measurement.slope / measurement.curvature, state
+    >>> tuner = tuners.from_rule(tuners.constant(0.0).init, newton, needs=("slope", "curvature"))
+    >>> state = tuner.init(np.asarray(0.0))
+    >>> rate, state = tuner.update(Measurement(None, np.asarray(-1.0), np.asarray(4.0)), state)
+    >>> float(rate)
+    0.25
     """
     needed = frozenset(needs)
     unknown = needed - set(Measurement._fields)
