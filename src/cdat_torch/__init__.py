@@ -8,9 +8,22 @@ except ImportError as error:
 
 from cdat_torch.cdat import CDAT
 from cdat_torch.curvature import hvp, measure
-from cdat_torch.optimizer import StepInfo, TunedOptimizer
+from cdat_torch.optimizer import TunedOptimizer
 from cdat_torch.spaces import TensorListSpace
+from cdat_torch.spectrum import sharpness, spectral_density, top_eigenvalues, trace
+from cdat_torch.step_info import StepInfo
 
-__all__ = ["CDAT", "StepInfo", "TensorListSpace", "TunedOptimizer", "hvp", "measure"]
+__all__ = [
+    "CDAT",
+    "StepInfo",
+    "TensorListSpace",
+    "TunedOptimizer",
+    "hvp",
+    "measure",
+    "sharpness",
+    "spectral_density",
+    "top_eigenvalues",
+    "trace",
+]
 
 del _torch

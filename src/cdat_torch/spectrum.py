@@ -1,0 +1,482 @@
+"""The spectrum of a model's Hessian, in one call.
+
+The estimators are those of `cdat_core`. What is added here: Hessian-vector products by double
+backward on one graph of the loss, random vectors like the parameters, preconditioners read from an
+optimizer, and a progress bar. A call leaves no trace: random state and buffers are put back.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import cdat_core
+from cdat_core import _validation
+from cdat_torch.curvature import LossFn, hvp
+from cdat_torch.groups import check_params
+from cdat_torch.reevaluation import random_state, without_trace
+from cdat_torch.spaces import TensorListSpace
+
+Vector: TypeAlias = Sequence[Tensor]
+Preconditioner: TypeAlias = Callable[[Vector], Vector] | float | Optimizer
+Progress: TypeAlias = bool | Callable[[int, int], object]
+
+WARM_NOISE = 0.1
+"""Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
+
+
+def sharpness(
+    loss_fn: LossFn,
+    params: Iterable[Tensor],
+    *,
+    num_matvecs: int = 20,
+    which: Literal["largest", "smallest"] = "largest",
+    start: cdat_core.TopEigenvalues[Vector] | Vector | None = None,
+    inverse_sqrt: Preconditioner | None = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> Tensor:
+    """Return the largest eigenvalue of the Hessian, by the Lanczos method.
+
+    Gradient descent at a rate above 2 over this number is unstable along its eigenvector.
+    `top_eigenvalues` takes the same arguments and gives the eigenvector and the error as well.
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn() -> loss``, a scalar tensor with its graph. It is called once; dropout masks and
+        batch statistics are those of that call. Do not call this between another loss of a model
+        with BatchNorm and its backward: writing the statistics back invalidates that graph.
+    params : iterable of Tensor
+        The parameters, for instance ``model.parameters()``. Those that do not require grad, or that
+        the loss does not depend on, are constants: rows of zeros in the Hessian.
+    num_matvecs : int, optional
+        Hessian-vector products to spend, each about two gradients. As many vectors of the size of
+        the parameters are kept.
+    which : {"largest", "smallest"}, optional
+        The end of the spectrum, by sign.
+    start : TopEigenvalues or sequence of Tensor, optional
+        A start vector like `params`, or the result of `top_eigenvalues` at nearby parameters; by
+        default random signs.
+    inverse_sqrt : callable, number or torch.optim.Optimizer, optional
+        P^-1/2 for the sharpness of ``P^-1/2 H P^-1/2``: a linear symmetric map of lists of tensors
+        or a multiple of the identity. Of an Adam or AdamW (wrapped or not) that has taken steps,
+        P is ``sqrt(v_hat) + eps``; parameters it has not moved drop out, as if they were constants.
+    seed : int, optional
+        Seed of the random vectors. They come from generators of their own.
+    progress : bool or callable, optional
+        True for a bar by tqdm or rich, or ``progress(done, total)``, called after each product.
+
+    Returns
+    -------
+    Tensor
+        The eigenvalue, 0-d, float64 on the device of the first parameter (float32 on MPS).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of the kind described.
+    ImportError
+        If `progress` is True and neither tqdm nor rich is installed.
+    RuntimeError
+        If an operation of the loss has no second derivative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import sharpness
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> round(float(sharpness(lambda: (w**3).sum(), [w], num_matvecs=2)), 4)
+    12.0
+    """
+    if which not in {"largest", "smallest"}:
+        msg = f"which must be 'largest' or 'smallest', got {which!r}; top_eigenvalues gives both"
+        raise ValueError(msg)
+    found = top_eigenvalues(
+        loss_fn,
+        params,
+        num_matvecs=num_matvecs,
+        which=which,
+        start=start,
+        inverse_sqrt=inverse_sqrt,
+        seed=seed,
+        progress=progress,
+    )
+    value: Tensor = found.values[0]
+    return value
+
+
+def top_eigenvalues(
+    loss_fn: LossFn,
+    params: Iterable[Tensor],
+    *,
+    k: int = 1,
+    num_matvecs: int = 20,
+    which: Literal["largest", "smallest", "both"] = "largest",
+    start: cdat_core.TopEigenvalues[Vector] | Vector | None = None,
+    inverse_sqrt: Preconditioner | None = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> cdat_core.TopEigenvalues[Vector]:
+    """Return extreme eigenvalues of the Hessian with their eigenvectors and residuals.
+
+    Parameters
+    ----------
+    loss_fn, params, num_matvecs, inverse_sqrt, seed, progress
+        See `sharpness`.
+    k : int, optional
+        How many eigenvalues at each end.
+    which : {"largest", "smallest", "both"}, optional
+        The end of the spectrum, by sign; with "both" the k largest are followed by the k smallest.
+    start : TopEigenvalues or sequence of Tensor, optional
+        A start vector, or the result of an earlier call as a warm start, which saves products while
+        the Hessian changes little. To the sum of its vectors a little noise is added, for
+        eigenvalues that have newly come to the top.
+
+    Returns
+    -------
+    cdat_core.TopEigenvalues
+        values of shape (k,) or (2 k,), vectors as lists of tensors, residual_norms, num_matvecs.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, RuntimeError
+        As `sharpness`; also if `num_matvecs` is too small for `k`.
+
+    See Also
+    --------
+    cdat_core.top_eigenvalues : The estimator, and when it misses an eigenvalue.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import top_eigenvalues
+    >>> w = torch.tensor([1.0, -3.0, 2.0], requires_grad=True)
+    >>> found = top_eigenvalues(lambda: (w**3).sum(), [w], num_matvecs=3, which="both")
+    >>> [round(float(value), 4) for value in found.values]
+    [12.0, -18.0]
+    """
+    params = _listed(params)
+    _validation.count("num_matvecs", num_matvecs)
+    space = TensorListSpace()
+    if isinstance(start, cdat_core.TopEigenvalues):
+        _check_like(params, start.vectors[0])
+        vector = _disturbed(start.vectors, _probes(params, 1, seed)[0], space)
+    elif start is not None:
+        _check_like(params, start)
+        vector = start
+    else:
+        vector = _probes(params, 1, seed)[0]
+    with _operator(loss_fn, params, inverse_sqrt, progress, total=num_matvecs) as product:
+        return cdat_core.top_eigenvalues(
+            product, vector, k=k, num_matvecs=num_matvecs, space=space, which=which
+        )
+
+
+def spectral_density(
+    loss_fn: LossFn,
+    params: Iterable[Tensor],
+    *,
+    num_probes: int = 4,
+    num_matvecs: int = 30,
+    reorthogonalize: bool = True,
+    inverse_sqrt: Preconditioner | None = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> cdat_core.SpectralDensity:
+    """Estimate how the eigenvalues of the Hessian are distributed.
+
+    Parameters
+    ----------
+    loss_fn, params, inverse_sqrt, seed, progress
+        See `sharpness`. Constants contribute eigenvalues 0: leave them out of `params` if these
+        should not count.
+    num_probes : int, optional
+        Random sign vectors to average over.
+    num_matvecs : int, optional
+        Hessian-vector products for each of them.
+    reorthogonalize : bool, optional
+        False keeps three vectors in memory instead of `num_matvecs`; the density stays about as
+        good.
+
+    Returns
+    -------
+    cdat_core.SpectralDensity
+        nodes and weights of shape (num_probes, num_matvecs), with two estimates of the error.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, RuntimeError
+        As `sharpness`.
+
+    See Also
+    --------
+    cdat_core.spectral_density : The estimator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import spectral_density
+    >>> w = torch.ones(40, requires_grad=True)
+    >>> curvatures = torch.tensor([0.0] * 30 + [2.0] * 10)
+    >>> found = spectral_density(lambda: (curvatures * w**2).sum() / 2, [w], num_matvecs=2)
+    >>> [round(float(mass), 4) for mass in found.weights.sum(dim=0)]
+    [0.75, 0.25]
+    """
+    params = _listed(params)
+    total = _validation.count("num_probes", num_probes) * _validation.count(
+        "num_matvecs", num_matvecs
+    )
+    with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:
+        return cdat_core.spectral_density(
+            product,
+            _probes(params, num_probes, seed),
+            num_matvecs=num_matvecs,
+            space=TensorListSpace(),
+            reorthogonalize=reorthogonalize,
+        )
+
+
+def trace(
+    loss_fn: LossFn,
+    params: Iterable[Tensor],
+    *,
+    num_probes: int = 10,
+    method: Literal["hutchinson", "hutch++"] = "hutchinson",
+    inverse_sqrt: Preconditioner | None = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> cdat_core.TraceEstimate:
+    """Estimate the trace of the Hessian from random sign vectors.
+
+    Parameters
+    ----------
+    loss_fn, params, inverse_sqrt, seed, progress
+        See `sharpness`.
+    num_probes : int, optional
+        Random sign vectors; at least 2 for "hutch++".
+    method : {"hutchinson", "hutch++"}, optional
+        One product per probe, or half of the probes spent on the subspace of the large eigenvalues
+        at 3/2 products per probe: better where the spectrum decays, worse where it is flat.
+
+    Returns
+    -------
+    cdat_core.TraceEstimate
+        estimate, standard_error, num_matvecs.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, RuntimeError
+        As `sharpness`.
+
+    See Also
+    --------
+    cdat_core.hutchinson_trace, cdat_core.hutchpp_trace : The estimators.
+
+    Examples
+    --------
+    With random signs a diagonal Hessian needs one probe:
+
+    >>> import torch
+    >>> from cdat_torch import trace
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> float(trace(lambda: (w**3).sum(), [w], num_probes=1).estimate)
+    18.0
+    """
+    params = _listed(params)
+    if method not in {"hutchinson", "hutch++"}:
+        msg = f"method must be 'hutchinson' or 'hutch++', got {method!r}"
+        raise ValueError(msg)
+    sketches = method == "hutch++"
+    _validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
+    probes, space = _probes(params, num_probes, seed), TensorListSpace()
+    total = num_probes + num_probes // 2 if sketches else num_probes
+    with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:
+        if sketches:
+            return cdat_core.hutchpp_trace(product, probes, space=space)
+        return cdat_core.hutchinson_trace(product, probes, space=space)
+
+
+@contextmanager
+def _operator(
+    loss_fn: LossFn,
+    params: list[Tensor],
+    inverse_sqrt: Preconditioner | None,
+    progress: Progress,
+    *,
+    total: int,
+) -> Iterator[cdat_core.HessianVectorProduct[Vector]]:
+    """Give the (preconditioned) Hessian at the present parameters, then tidy up.
+
+    Buffers are put back at the end and not before: normalisation layers keep them for backward.
+    """
+    apply = _preconditioner(inverse_sqrt, params)
+    with _reporter(progress, total) as report, without_trace(params, random_state(params)):
+        hessian = hvp(loss_fn, params)
+        if apply is not None:
+            hessian = cdat_core.preconditioned(hessian, apply, space=TensorListSpace())
+
+        def product(v: Vector, /) -> Vector:
+            result = hessian(v)
+            report()
+            return result
+
+        yield product
+
+
+def _listed(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters as a list, checked."""
+    if isinstance(params, Tensor | torch.nn.Module) or not isinstance(params, Iterable):
+        msg = (
+            f"params must be an iterable of tensors, got {type(params).__name__}; "
+            "write model.parameters() or [w]"
+        )
+        raise TypeError(msg)
+    params = list(params)
+    for p in params:
+        if not isinstance(p, Tensor):
+            msg = (
+                f"params must hold tensors, got {type(p).__name__}; "
+                "pass model.parameters(), without names or groups"
+            )
+            raise TypeError(msg)
+    check_params(params)
+    if len(set(params)) < len(params):
+        msg = "params must hold each tensor once, got one of them twice"
+        raise ValueError(msg)
+    return params
+
+
+def _check_like(params: list[Tensor], start: Vector) -> None:
+    shapes = [tuple(p.shape) for p in params]
+    got = [tuple(v.shape) for v in start]
+    if got != shapes:
+        msg = f"start must hold tensors with the shapes of params, {shapes}, got {got}"
+        raise ValueError(msg)
+
+
+def _probes(params: list[Tensor], number: int, seed: int) -> list[Vector]:
+    """Return vectors of random signs like the parameters.
+
+    Each device has a generator of its own, seeded from `seed` and the order of the devices: equal
+    seeds would give tensors on two devices equal signs.
+    """
+    _validation.count("seed", seed, minimum=0)
+    seeds = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
+    for p in params:
+        if p.device not in generators:
+            own = int(torch.randint(2**62, (), generator=seeds))
+            generators[p.device] = torch.Generator(p.device).manual_seed(own)
+
+    def signs(p: Tensor) -> Tensor:
+        drawn = torch.empty_like(p, requires_grad=False)
+        return drawn.bernoulli_(0.5, generator=generators[p.device]).mul_(2.0).sub_(1.0)
+
+    return [[signs(p) for p in params] for _ in range(number)]
+
+
+def _disturbed(vectors: Sequence[Vector], noise: Vector, space: TensorListSpace) -> Vector:
+    """Return the sum of unit vectors, plus noise of the length `WARM_NOISE`."""
+    length = space.vdot(noise, noise).sqrt()
+    total = space.scale(WARM_NOISE / length, noise)
+    for vector in vectors:
+        total = space.add_scale(total, 1.0, vector)
+    return total
+
+
+def _preconditioner(
+    inverse_sqrt: Preconditioner | None, params: list[Tensor]
+) -> Callable[[Vector], Vector] | Any:
+    """Return what `cdat_core.preconditioned` takes; None for no preconditioner."""
+    if isinstance(inverse_sqrt, Optimizer):
+        factors = _adam_factors(inverse_sqrt, params)
+
+        def apply(v: Vector) -> Vector:
+            return [(x * f).to(x.dtype) for x, f in zip(v, factors, strict=True)]
+
+        return apply
+    if inverse_sqrt is None or callable(inverse_sqrt):
+        return inverse_sqrt
+    return _validation.positive("inverse_sqrt", inverse_sqrt)
+
+
+def _adam_factors(optimizer: Optimizer, params: list[Tensor]) -> list[Tensor]:
+    """Return 1 / sqrt(sqrt(v_hat) + eps) from the state of an Adam; 0 where it has none."""
+    adam = getattr(optimizer, "base", optimizer)
+    if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+        msg = (
+            "inverse_sqrt must be a callable, a number, or an Adam or AdamW optimizer, "
+            f"got {type(adam).__name__}; pass a callable v -> P^-1/2 v"
+        )
+        raise TypeError(msg)
+    found: dict[Tensor, Tensor] = {}
+    for group in adam.param_groups:
+        for p in group["params"]:
+            state = adam.state.get(p, {})
+            if "exp_avg_sq" not in state:
+                continue
+            second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+            # bfloat16 has too few digits for a sum with eps.
+            second = second if second.dtype == torch.float64 else second.float()
+            correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+            found[p] = ((second / correction).sqrt() + group["eps"]).rsqrt()
+    if not any(p in found for p in params):
+        msg = (
+            f"inverse_sqrt {type(adam).__name__} holds no second moments of params; "
+            "take a step with it first, and check that it has the same parameters"
+        )
+        raise ValueError(msg)
+    return [found[p] if p in found else torch.zeros_like(p.detach()) for p in params]
+
+
+@contextmanager
+def _reporter(progress: Progress, total: int) -> Iterator[Callable[[], None]]:
+    """Give what is to be called after each of `total` products."""
+    if progress is False or progress is None:
+        yield lambda: None
+    elif callable(progress):
+        done = 0
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        yield report
+    elif progress is True:
+        with _bar(total) as advance:
+            yield advance
+    else:
+        msg = f"progress must be a bool or a callable progress(done, total), got {progress!r}"
+        raise TypeError(msg)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on stderr: tqdm's, else rich's."""
+    description = "Hessian products"
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        try:
+            rich = importlib.import_module("rich.progress")
+            console = importlib.import_module("rich.console").Console(stderr=True)
+        except ImportError:
+            msg = (
+                "progress=True needs tqdm or rich; install one (pip install tqdm), "
+                "or pass a callable progress(done, total)"
+            )
+            raise ImportError(msg) from None
+        with rich.Progress(console=console) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda: bar.advance(task)
+    else:
+        with tqdm(total=total, desc=description) as bar:
+            yield lambda: bar.update(1)
