@@ -8,6 +8,7 @@ except ImportError as error:
 
 from cdat_torch.cdat import CDAT
 from cdat_torch.curvature import hvp, measure
+from cdat_torch.gauss_newton import CompositeLoss
 from cdat_torch.optimizer import TunedOptimizer
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.spectrum import sharpness, spectral_density, top_eigenvalues, trace
@@ -15,6 +16,7 @@ from cdat_torch.step_info import StepInfo
 
 __all__ = [
     "CDAT",
+    "CompositeLoss",
     "StepInfo",
     "TensorListSpace",
     "TunedOptimizer",

@@ -3,35 +3,60 @@
 The exact way is double backward: the gradient is taken with ``create_graph=True`` on the graph the
 loss has just built, and the product with the Hessian is one more reverse pass through it. Nested
 forward-mode differentiation is never used: in PyTorch it silently drops terms in normalisation
-layers (pytorch/pytorch issues 196699, 196700, 198017).
+layers (pytorch/pytorch issues 196699, 196700, 198017). `cdat_torch.methods` holds this way and the
+others.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cdat_core
-from cdat_torch.reevaluation import RandomState, moved, random_state, without_trace
+from cdat_torch.differentiation import (
+    LossFn,
+    check_scalar,
+    evaluate,
+    gradients,
+    vector_jacobian,
+)
+from cdat_torch.gauss_newton import first_line
+from cdat_torch.methods import AUTO, BY_NAME, METHODS, Point, method_named
+from cdat_torch.reevaluation import RandomState, random_state
 from cdat_torch.spaces import TensorListSpace
 
-LossFn = Callable[[], Tensor]
-
-METHODS = ("auto", "hessian", "finite_difference")
+__all__ = [
+    "METHODS",
+    "LossFn",
+    "check_loss",
+    "check_method",
+    "check_scalar",
+    "differentiated_twice",
+    "directional_curvature",
+    "evaluate",
+    "gradients",
+    "hvp",
+    "measure",
+]
 
 
 def check_method(curvature: str) -> None:
     """Raise a ValueError unless `curvature` names a way to compute it."""
-    if curvature not in METHODS:
-        msg = f"curvature must be one of {METHODS}, got {curvature!r}"
-        raise ValueError(msg)
+    method_named(curvature)
+
+
+def check_loss(loss_fn: Any, argument: str, *, method: str) -> None:
+    """Raise a TypeError unless the method can use this loss, before anything is evaluated."""
+    method_named(method).check(loss_fn, argument)
+
+
+def differentiated_twice(method: str) -> bool:
+    """Return whether loss and gradient are to be computed with a graph for double backward."""
+    return method_named(method).differentiated_twice
 
 
 def measure(
@@ -52,21 +77,42 @@ def measure(
     direction : sequence of Tensor
         The update direction u, shaped like `params`.
     curvature : str
-        "auto" is double backward, or finite differences of gradients (with a warning) where an
-        operation has no second derivative; "hessian" and "finite_difference" demand one of the two.
-        While the loss is evaluated for double backward, scaled dot-product attention uses its math
-        kernel, the only one with a second derivative.
+        How to compute the curvature:
+
+        - "auto": "hessian", or "finite_difference" (with a warning) where an operation has no
+          second derivative;
+        - "hessian": <u, H u> by double backward, exact;
+        - "gauss_newton": <Ju, H_loss Ju>, where J is the derivative of the model's outputs and
+          H_loss the Hessian of the loss of the outputs. `loss_fn` must be a
+          `cdat_torch.CompositeLoss`; where that loss is convex the curvature is not negative;
+        - "finite_difference": <u, H u> by a central difference of two gradients.
 
     Returns
     -------
     cdat_core.Measurement
         value f(w), slope <g, u>, curvature <u, H u>: 0-d float64 tensors on the device of the
-        first parameter.
+        first parameter. For "gauss_newton" the curvature is that of the Gauss-Newton matrix.
 
     Raises
     ------
     TypeError, ValueError
         If the loss is not a scalar tensor with a graph, or the arguments do not match.
+    RuntimeError
+        If the loss cannot be differentiated as the method demands.
+
+    Notes
+    -----
+    "hessian" and "gauss_newton" evaluate models with the kernels that can be differentiated
+    further: scaled dot-product attention uses its math kernel, recurrent layers their native one,
+    and modules under ``torch.compile`` run uncompiled. With "hessian" this is the forward pass of
+    the training step; with "gauss_newton" it is a pass of its own, which leaves no trace. The
+    logger "cdat_torch" says so once, at level INFO.
+
+    A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
+    ``jvp`` or a differentiable backward for "gauss_newton". Where its backward is marked
+    ``once_differentiable`` that is noticed; a backward that computes with detached tensors is not.
+    For ``Embedding(padding_idx=...)`` the direction must be zero in the padding row, as that of
+    every ``torch.optim`` optimizer is while the row itself is zero.
 
     Examples
     --------
@@ -80,11 +126,12 @@ def measure(
     check_method(curvature)
     params, direction = list(params), list(direction)
     _check_direction(params, direction)
+    check_loss(loss_fn, "loss_fn", method=curvature)
     space = TensorListSpace()
     start = random_state(params)
-    differentiated_twice = curvature != "finite_difference"
-    loss = evaluate(loss_fn, "loss_fn", differentiated_twice=differentiated_twice)
-    grads = gradients(loss, params, create_graph=differentiated_twice)
+    twice = differentiated_twice(curvature)
+    loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
+    grads = gradients(loss, params, create_graph=twice)
     present = [i for i, g in enumerate(grads) if g is not None]
     w, u = [params[i] for i in present], [direction[i] for i in present]
     g = [grad for grad in grads if grad is not None]
@@ -129,57 +176,11 @@ def hvp(
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
         v = list(v)
         _check_direction(params, v)
-        pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None and g.requires_grad]
-        return _vector_jacobian(pairs, params, retain_graph=True)
+        pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None]
+        outputs, vectors = [g for g, _ in pairs], [x for _, x in pairs]
+        return vector_jacobian(outputs, params, vectors, retain_graph=True)
 
     return product
-
-
-def evaluate(loss_fn: LossFn, argument: str, *, differentiated_twice: bool) -> Tensor:
-    """Call the user's loss with gradients on and check what comes back."""
-    attention = sdpa_kernel(SDPBackend.MATH) if differentiated_twice else _nothing()
-    with torch.enable_grad(), attention:
-        loss = loss_fn()
-    check_scalar(loss, argument)
-    if not loss.requires_grad:
-        msg = (
-            f"{argument} must return a loss that depends on the parameters, got a tensor without a "
-            "graph; do not detach it or compute it under torch.no_grad()"
-        )
-        raise ValueError(msg)
-    return loss
-
-
-def check_scalar(loss: Any, argument: str) -> None:
-    """Raise unless `loss` is a real floating 0-d tensor."""
-    if not isinstance(loss, Tensor):
-        msg = (
-            f"{argument} must return the loss as a tensor, got {loss!r}; end it with `return loss`"
-            " (not loss.item(), and without calling backward)"
-        )
-        raise TypeError(msg)
-    if loss.ndim != 0 or not loss.is_floating_point():
-        msg = (
-            f"{argument} must return a real scalar, got shape {tuple(loss.shape)} of {loss.dtype}; "
-            "reduce it, for example with .mean()"
-        )
-        raise ValueError(msg)
-
-
-def gradients(
-    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool
-) -> tuple[Tensor | None, ...]:
-    """Return the gradient of `loss`; None for parameters it does not depend on."""
-    trainable = [p for p in params if p.requires_grad]
-    if not trainable:
-        msg = "params must hold at least one tensor that requires grad, got none"
-        raise ValueError(msg)
-    found = torch.autograd.grad(loss, trainable, create_graph=create_graph, allow_unused=True)
-    if all(g is None for g in found):
-        msg = "the loss does not depend on any of the params; is this the right model?"
-        raise ValueError(msg)
-    by_param = dict(zip(trainable, found, strict=True))
-    return tuple(by_param.get(p) for p in params)
 
 
 def directional_curvature(
@@ -192,16 +193,16 @@ def directional_curvature(
     method: str,
     start: RandomState,
 ) -> tuple[Tensor, str]:
-    """Return <u, H u> and the method that gave it.
+    """Return <u, C u> and the method that gave it.
 
     Parameters
     ----------
     loss_fn : callable
-        The loss; called again by finite differences only.
+        The loss; "hessian" does not call it again.
     loss : Tensor
         What it returned, with its graph.
     grads : sequence of Tensor
-        The gradient, with its graph unless `method` is "finite_difference".
+        The gradient, with its graph if the method is `differentiated_twice`.
     params, direction : sequence of Tensor
         The parameters that have a gradient, and u.
     method : str
@@ -209,70 +210,22 @@ def directional_curvature(
     start : RandomState
         The random state from which `loss_fn` was evaluated.
     """
-    space = TensorListSpace()
-    if method != "finite_difference":
-        pairs = [(g, u) for g, u in zip(grads, direction, strict=True) if g.requires_grad]
+    point = Point(loss_fn, loss, grads, params, direction, start)
+    if method == "auto":
+        method, fallback = AUTO
         try:
-            _refuse_once_differentiable(loss)
-            product = _vector_jacobian(pairs, params, retain_graph=False)
-            return space.vdot(direction, product), "hessian"
+            return BY_NAME[method].curvature(point), method
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
-            if method == "hessian":
-                raise
+            method = fallback
             warnings.warn(
                 "the loss has an operation without a second derivative "
-                f"({_first_line(error)}); the curvature comes from central finite differences of "
+                f"({first_line(error)}); the curvature comes from central finite differences of "
                 "gradients instead: two further evaluations of the loss for each measurement",
-                stacklevel=4,
+                stacklevel=3,
             )
-
-    def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
-        with moved(params, values), without_trace(params, start):
-            loss = evaluate(loss_fn, "loss_fn", differentiated_twice=False)
-            found = gradients(loss, params, create_graph=False)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
-
-    here = [p.detach().clone() for p in params]
-    difference = cdat_core.finite_difference_hvp(gradient_at, here, step=_step(here), space=space)
-    return space.vdot(direction, difference(list(direction))), "finite_difference"
-
-
-def _vector_jacobian(
-    pairs: Sequence[tuple[Tensor, Tensor]], params: Sequence[Tensor], *, retain_graph: bool
-) -> list[Tensor]:
-    """Return the derivative of ``sum <g_i, v_i>`` with respect to `params`."""
-    if not pairs:  # the gradient is constant: a linear loss
-        return [torch.zeros_like(p) for p in params]
-    outputs, vectors = [g for g, _ in pairs], [v.to(g.dtype) for g, v in pairs]
-    trainable = [p for p in params if p.requires_grad]
-    found = torch.autograd.grad(
-        outputs, trainable, grad_outputs=vectors, retain_graph=retain_graph, allow_unused=True
-    )
-    by_param = dict(zip(trainable, found, strict=True))
-    products = [by_param.get(p) for p in params]
-    return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]
-
-
-def _refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise where double backward would silently drop a custom function's second derivative.
-
-    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it
-    has a graph itself; behind a linear loss it has none, and the term would just be missing.
-    """
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-        if isinstance(node, BackwardCFunction):
-            function = getattr(node, "_forward_cls", None)
-            if hasattr(getattr(function, "backward", None), "__wrapped__"):
-                msg = f"{function.__name__} is marked once_differentiable"
-                raise NotImplementedError(msg)
+    return BY_NAME[method].curvature(point), method
 
 
 def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
@@ -283,17 +236,3 @@ def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> N
         if p.shape != u.shape:
             msg = f"direction must have the shapes of params, got {u.shape} for {p.shape}"
             raise ValueError(msg)
-
-
-def _step(params: Sequence[Tensor]) -> float:
-    """Return the relative displacement that balances truncation and rounding of the gradients."""
-    return float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from cdat_torch.differentiability import eager
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
 
@@ -32,7 +35,11 @@ def _set_random_state(state: RandomState) -> None:
 
 @contextmanager
 def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None]:
-    """Run a forward pass from the random state `start`; then restore random state and buffers.
+    """Run a forward pass from the random state `start`; then restore what it changed.
+
+    Random state, the buffers of the modules that are called, and the ``.grad`` of `params` are
+    afterwards as before, bit for bit, also after an error; meanwhile ``.grad`` is None. Modules
+    under ``torch.compile`` run uncompiled: compiled ones do not say which buffers they write.
 
     Parameters
     ----------
@@ -42,23 +49,35 @@ def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None
         The random state that the first evaluation of this step started from.
     """
     after = random_state(params)
-    buffers: dict[Tensor, Tensor] = {}
+    grads = [p.grad for p in params if p.is_leaf]
+    leaves = [p for p in params if p.is_leaf]
+    modules: dict[Module, dict[str, Tensor | None]] = {}
+    values: dict[Tensor, Tensor] = {}
 
-    def save(module: torch.nn.Module, args: Any) -> None:
+    def save(module: Module, args: Any) -> None:
         del args
-        for buffer in module.buffers(recurse=False):
-            if buffer not in buffers:
-                buffers[buffer] = buffer.detach().clone()
+        if module not in modules:
+            modules[module] = dict(module._buffers)
+            for buffer in module.buffers(recurse=False):
+                if buffer not in values:
+                    values[buffer] = buffer.detach().clone()
 
     handle = register_module_forward_pre_hook(save)
     try:
+        for p in leaves:
+            p.grad = None
         _set_random_state(start)
-        yield
+        with eager():
+            yield
     finally:
         handle.remove()
+        for module, buffers in modules.items():
+            module._buffers.update(buffers)  # a module may have put other tensors in their place
         with torch.no_grad():
-            for buffer, saved in buffers.items():
+            for buffer, saved in values.items():
                 buffer.copy_(saved)
+        for p, grad in zip(leaves, grads, strict=True):
+            p.grad = grad
         _set_random_state(after)
 
 
@@ -78,3 +97,4 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(params, values, strict=True):
             p.copy_(value)
+    torch.clear_autocast_cache()  # it holds low-precision copies of parameters

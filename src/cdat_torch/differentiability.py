@@ -1,0 +1,140 @@
+"""What a forward pass needs so that PyTorch can differentiate it a second time, or forwards.
+
+Some operations have fast kernels without a second derivative, or with a wrong one, beside slower
+ones that have it. `further_differentiable` selects the slower ones for a while.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger("cdat_torch")
+
+
+@functools.cache
+def say_once(level: int, message: str) -> None:
+    """Log `message` the first time only."""
+    logger.log(level, message)
+
+
+@contextmanager
+def further_differentiable() -> Iterator[None]:
+    """Use kernels that have second and forward-mode derivatives, and no compiled modules.
+
+    The backward passes belong inside as well: activation checkpointing repeats the forward there.
+    """
+    say_once(
+        logging.INFO,
+        "while a curvature is measured, scaled dot-product attention uses its math kernel and "
+        "torch.compile'd modules run uncompiled: fused and compiled kernels have no second "
+        "derivative. every=k measures in each k-th step only",
+    )
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eager(), sdpa_kernel(SDPBackend.MATH), _OtherKernels():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run torch.compile'd modules uncompiled; what is compiled already stays so for later."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+class _OtherKernels(TorchFunctionMode):
+    """Replace single operations by equivalents with the derivatives that are missing."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # The double backward of the fused kernel takes the norm of v for a constant.
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Neither cuDNN nor oneDNN differentiate recurrent layers far enough.
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+
+    @functools.wraps(function)
+    def native(*args: Any, **kwargs: Any) -> Any:
+        enabled = [backend.enabled for backend in backends]
+        try:
+            for backend in backends:
+                backend.enabled = False
+            return function(*args, **kwargs)
+        finally:
+            for backend, before in zip(backends, enabled, strict=True):
+                backend.enabled = before
+
+    return native
+
+
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    **{f: _without_library(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+}
+
+
+def nodes(tensor: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph that ends in `tensor`."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        yield node
+
+
+def refuse_once_differentiable(loss: Tensor) -> None:
+    """Raise where double backward would silently drop a custom function's second derivative.
+
+    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it
+    has a graph itself; behind a linear loss it has none, and the term would just be missing.
+    """
+    for node in nodes(loss):
+        if isinstance(node, BackwardCFunction):
+            function: Any = getattr(node, "_forward_cls", None)
+            backward = getattr(function, "backward", None)
+            while backward is not None:
+                if getattr(backward, "__code__", None) is _ONCE:
+                    msg = f"{function.__name__} is marked once_differentiable"
+                    raise NotImplementedError(msg)
+                backward = getattr(backward, "__wrapped__", None)
+
+
+# The decorator wraps every backward in the same code; other decorators set __wrapped__ too.
+_ONCE = once_differentiable(lambda ctx: ctx).__code__
+
+
+def is_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Return whether the graph holds an activation checkpoint that only ``backward()`` can pass."""
+    return any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(loss))

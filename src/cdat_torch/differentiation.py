@@ -1,0 +1,97 @@
+"""Evaluating a user's loss once, and its gradient, with checks of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdat_torch.differentiability import further_differentiable, is_reentrant_checkpoint
+
+LossFn = Callable[[], Tensor]
+
+
+def evaluate(loss_fn: LossFn, argument: str, *, differentiated_twice: bool) -> Tensor:
+    """Call the user's loss with gradients on and check what comes back."""
+    with torch.enable_grad(), further_differentiable() if differentiated_twice else nullcontext():
+        loss = loss_fn()
+    check_scalar(loss, argument)
+    if not loss.requires_grad:
+        msg = (
+            f"{argument} must return a loss that depends on the parameters, got a tensor without a "
+            "graph; do not detach it or compute it under torch.no_grad()"
+        )
+        raise ValueError(msg)
+    return loss
+
+
+def check_scalar(loss: Any, argument: str) -> None:
+    """Raise unless `loss` is a real floating 0-d tensor."""
+    if not isinstance(loss, Tensor):
+        msg = (
+            f"{argument} must return the loss as a tensor, got {loss!r}; end it with `return loss`"
+            " (not loss.item(), and without calling backward)"
+        )
+        raise TypeError(msg)
+    if loss.ndim != 0 or not loss.is_floating_point():
+        msg = (
+            f"{argument} must return a real scalar, got shape {tuple(loss.shape)} of {loss.dtype}; "
+            "reduce it, for example with .mean()"
+        )
+        raise ValueError(msg)
+
+
+def gradients(
+    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of `loss`; None for parameters it does not depend on."""
+    trainable = [p for p in params if p.requires_grad]
+    if not trainable:
+        msg = "params must hold at least one tensor that requires grad, got none"
+        raise ValueError(msg)
+    try:
+        with further_differentiable() if create_graph else nullcontext():
+            found = torch.autograd.grad(
+                loss, trainable, create_graph=create_graph, allow_unused=True
+            )
+    except RuntimeError as error:
+        if not is_reentrant_checkpoint(loss):
+            raise
+        msg = (
+            "the loss uses activation checkpointing with use_reentrant=True, which supports "
+            "loss.backward() alone; pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+        )
+        raise RuntimeError(msg) from error
+    if all(g is None for g in found):
+        msg = "the loss does not depend on any of the params; is this the right model?"
+        raise ValueError(msg)
+    by_param = dict(zip(trainable, found, strict=True))
+    return tuple(by_param.get(p) for p in params)
+
+
+def vector_jacobian(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+) -> list[Tensor]:
+    """Return the derivative of ``sum <output_i, vector_i>`` with respect to `inputs`."""
+    pairs = [(y, v.to(y.dtype)) for y, v in zip(outputs, vectors, strict=True) if y.requires_grad]
+    trainable = [x for x in inputs if x.requires_grad]
+    if not pairs or not trainable:  # what is differentiated is constant
+        return [torch.zeros_like(x) for x in inputs]
+    with further_differentiable():
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            trainable,
+            [v for _, v in pairs],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    by_input = dict(zip(trainable, found, strict=True))
+    products = [by_input.get(x) for x in inputs]
+    return [torch.zeros_like(x) if h is None else h for h, x in zip(products, inputs, strict=True)]

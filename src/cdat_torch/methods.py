@@ -1,0 +1,140 @@
+"""The ways to compute a directional curvature, behind one interface.
+
+A `Method` says what it needs of the evaluation of the loss, checks that a loss suits it, and turns
+an evaluated `Point` into <u, C u>. To add one, write it and name it in `BY_NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import cdat_core
+from cdat_torch.differentiability import refuse_once_differentiable
+from cdat_torch.differentiation import LossFn, evaluate, gradients, vector_jacobian
+from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
+from cdat_torch.reevaluation import RandomState, moved, without_trace
+from cdat_torch.spaces import TensorListSpace
+
+
+class Point(NamedTuple):
+    """A loss that was evaluated, with its gradient, and a direction.
+
+    Attributes
+    ----------
+    loss_fn : callable
+        The loss.
+    loss : Tensor
+        What it returned, with its graph.
+    grads : sequence of Tensor
+        The gradient; with a graph if the method is `Method.differentiated_twice`.
+    params, direction : sequence of Tensor
+        The parameters that have a gradient, and u.
+    start : RandomState
+        The random state from which `loss_fn` was evaluated.
+    """
+
+    loss_fn: LossFn
+    loss: Tensor
+    grads: Sequence[Tensor]
+    params: Sequence[Tensor]
+    direction: Sequence[Tensor]
+    start: RandomState
+
+
+class Method(Protocol):
+    """One way to compute <u, C u>."""
+
+    @property
+    def differentiated_twice(self) -> bool:
+        """Whether loss and gradient are to be computed with a graph for double backward."""
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Raise a TypeError if the method cannot use this kind of loss."""
+
+    def curvature(self, point: Point) -> Tensor:
+        """Return <u, C u>, a 0-d float64 tensor."""
+
+
+class Hessian:
+    """Double backward through the graph of the gradient."""
+
+    differentiated_twice = True
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept every loss."""
+
+    def curvature(self, point: Point) -> Tensor:
+        """Return <u, H u>; RuntimeError if an operation has no second derivative."""
+        refuse_once_differentiable(point.loss)
+        product = vector_jacobian(point.grads, point.params, point.direction)
+        return TensorListSpace().vdot(point.direction, product)
+
+
+class GaussNewton:
+    """One forward-mode pass through the model, and double backward through its loss."""
+
+    differentiated_twice = False
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept a `CompositeLoss` only."""
+        if not isinstance(loss_fn, CompositeLoss):
+            msg = (
+                f'{argument} must be a cdat_torch.CompositeLoss for curvature="gauss_newton", '
+                f"got {loss_fn!r}; pass CompositeLoss(model_fn, loss_fn), which says where the "
+                "model ends and the loss of its outputs begins"
+            )
+            raise TypeError(msg)
+
+    def curvature(self, point: Point) -> Tensor:
+        """Return <Ju, H_loss Ju>."""
+        self.check(point.loss_fn, "loss_fn")
+        assert isinstance(point.loss_fn, CompositeLoss)
+        return gauss_newton_curvature(point.loss_fn, point.params, point.direction, point.start)
+
+
+class FiniteDifference:
+    """The central difference of two gradients."""
+
+    differentiated_twice = False
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept every loss."""
+
+    def curvature(self, point: Point) -> Tensor:
+        """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
+        params, space = point.params, TensorListSpace()
+
+        def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
+            with moved(params, values), without_trace(params, point.start):
+                loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
+                found = gradients(loss, params, create_graph=False)
+            return [
+                torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)
+            ]
+
+        here = [p.detach().clone() for p in params]
+        # the relative displacement that balances truncation and rounding of the gradients
+        step = float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
+        product = cdat_core.finite_difference_hvp(gradient_at, here, step=step, space=space)
+        return space.vdot(point.direction, product(list(point.direction)))
+
+
+BY_NAME: dict[str, Method] = {
+    "hessian": Hessian(),
+    "gauss_newton": GaussNewton(),
+    "finite_difference": FiniteDifference(),
+}
+AUTO = ("hessian", "finite_difference")  # "auto" is the first one, and the second if that raises
+METHODS = ("auto", *BY_NAME)
+
+
+def method_named(name: str) -> Method:
+    """Return the method that `name` begins with; ValueError if there is none of that name."""
+    if name not in METHODS:
+        msg = f"curvature must be one of {METHODS}, got {name!r}"
+        raise ValueError(msg)
+    return BY_NAME[AUTO[0] if name == "auto" else name]
