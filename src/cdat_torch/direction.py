@@ -4,6 +4,12 @@ The base optimizer steps on stand-ins of the parameters, so neither the paramete
 graph that refers to them is touched. For optimizers whose step does not depend on the parameters
 the stand-ins are zero, and after the step they *are* the direction, without the rounding of a
 difference. For all others they start as copies, and the direction is what the step changed.
+
+A constant rate then gives the steps of the bare optimizer at that learning rate, with two
+exceptions. Adafactor limits its learning rate to ``1 / sqrt(step)``; here the limit is left to the
+tuner, so the two agree below it. Rprop takes its learning rate as the first length of its steps
+and adapts from there; here the bounds ``step_sizes`` are in units of the tuned rate, which also
+acts at once when it changes.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_MUON = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()  # since PyTorch 2.9
 # Their step reads the parameters for weight decay only, which is added in closed form below.
 _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
@@ -27,7 +34,10 @@ _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.Adadelta,
+    torch.optim.Rprop,
+    *_MUON,
 )
+_DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, *_MUON)
 
 
 def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
@@ -51,13 +61,14 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
         If `base` moved the parameters themselves: it keeps references of its own to them.
     """
     exact = type(base) in _INDEPENDENT_OF_PARAMS
+    limited = type(base) is torch.optim.Adafactor
     stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
     for group in base.param_groups:
         for p in group["params"]:
             if p in stand_ins:
                 stand_ins[p].grad = _gradient_with_decay(base, group, p) if exact else p.grad
     versions = [p._version for p in params]
-    with _stepping_on(base, stand_ins):
+    with _stepping_on(base, stand_ins, without_decay=limited):
         base.step()
     if [p._version for p in params] != versions:
         msg = (
@@ -68,9 +79,13 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         for group in base.param_groups:
             for p in group["params"]:
-                if p in stand_ins and not exact:
+                if p not in stand_ins:
+                    continue
+                if not exact:
                     stand_ins[p].sub_(p)
-                elif p in stand_ins and _decouples_decay(base, group):
+                if limited:  # to min(lr, 1 / sqrt(step)), which is the latter for lr = 1
+                    stand_ins[p].mul_(float(base.state[p]["step"]) ** 0.5)
+                if (exact or limited) and _decouples_decay(base, group):
                     stand_ins[p].add_(p, alpha=-group["weight_decay"])
     for stand_in in stand_ins.values():
         stand_in.grad = None
@@ -78,18 +93,23 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _stepping_on(base: Optimizer, stand_ins: dict[Tensor, Tensor]) -> Iterator[None]:
+def _stepping_on(
+    base: Optimizer, stand_ins: dict[Tensor, Tensor], *, without_decay: bool
+) -> Iterator[None]:
     """Let `base` find stand-ins, with the state of the originals, at learning rate 1."""
-    originals = [(group["params"], group["lr"]) for group in base.param_groups]
+    changed = ("params", "lr", "weight_decay") if without_decay else ("params", "lr")
+    originals = [{name: group[name] for name in changed} for group in base.param_groups]
     _rename_state(base, stand_ins)
     try:
         for group in base.param_groups:
             group["params"] = [stand_ins[p] for p in group["params"] if p in stand_ins]
             group["lr"] = 1.0
+            if without_decay:
+                group["weight_decay"] = 0.0
         yield
     finally:
-        for group, (params, lr) in zip(base.param_groups, originals, strict=True):
-            group["params"], group["lr"] = params, lr
+        for group, original in zip(base.param_groups, originals, strict=True):
+            group.update(original)
         _rename_state(base, {stand_in: p for p, stand_in in stand_ins.items()})
 
 
@@ -101,7 +121,7 @@ def _rename_state(base: Optimizer, names: dict[Tensor, Tensor]) -> None:
 
 def _decouples_decay(base: Optimizer, group: dict[str, Any]) -> bool:
     """Return whether weight decay acts on the parameters themselves, not through the gradient."""
-    return isinstance(base, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+    return isinstance(base, _DECOUPLED) or bool(group.get("decoupled_weight_decay"))
 
 
 def _gradient_with_decay(base: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:

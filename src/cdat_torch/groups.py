@@ -15,15 +15,26 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 
+# What they do that the wrapper cannot stand in for, and the way out.
+_REFUSED: dict[type[Optimizer], tuple[str, str]] = {
+    torch.optim.LBFGS: ("choose step lengths itself", "wrap SGD with a line search"),
+    torch.optim.ASGD: (
+        "average the points it steps to",
+        "wrap SGD and average with torch.optim.swa_utils.AveragedModel",
+    ),
+    torch.optim.SparseAdam: ("need sparse gradients", "wrap Adam, with sparse=False in the model"),
+}
+
 
 def check_base(base: Any) -> None:
     """Raise unless `base` is an optimizer that can be wrapped."""
     if not isinstance(base, Optimizer):
         msg = f"base must be a torch.optim.Optimizer, got {base!r}"
         raise TypeError(msg)
-    if isinstance(base, torch.optim.LBFGS):
-        msg = f"base must not choose step lengths itself, got {type(base).__name__}"
-        raise TypeError(msg)
+    for refused, (reason, instead) in _REFUSED.items():
+        if isinstance(base, refused):
+            msg = f"base must not {reason}, got {type(base).__name__}; {instead}"
+            raise TypeError(msg)
     if "tuned_lr" in base.param_groups[0]:
         msg = f"base {type(base).__name__} is wrapped already; an optimizer has one tuner at a time"
         raise TypeError(msg)
