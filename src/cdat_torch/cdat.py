@@ -21,7 +21,7 @@ class CDAT(TunedOptimizer):
         The optimizer that gives the direction.
     sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
         See `cdat_core.tuners.cdat`.
-    curvature, every
+    curvature, every, max_consecutive_skips, process_group
         See `TunedOptimizer`.
 
     Examples
@@ -45,6 +45,8 @@ class CDAT(TunedOptimizer):
         max_learning_rate: Any = None,
         curvature: str = "auto",
         every: int = 1,
+        max_consecutive_skips: int | None = None,
+        process_group: Any = None,
     ) -> None:
         tuner = tuners.cdat(
             sigma,
@@ -54,4 +56,11 @@ class CDAT(TunedOptimizer):
             max_growth=max_growth,
             max_learning_rate=max_learning_rate,
         )
-        super().__init__(base, tuner, curvature=curvature, every=every)
+        super().__init__(
+            base,
+            tuner,
+            curvature=curvature,
+            every=every,
+            max_consecutive_skips=max_consecutive_skips,
+            process_group=process_group,
+        )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature import LossFn, evaluate
+from cdat_torch.differentiation import LossFn, evaluate
+from cdat_torch.spaces import scalar_dtype
 
 
 def evaluate_closure(
@@ -50,15 +52,33 @@ def _version(grad: Tensor | None) -> int | None:
     return None if grad is None else grad._version
 
 
-def all_finite(value: Tensor, grads: Sequence[Tensor]) -> bool:
-    """Return whether loss and gradients are finite: the one number a step reads from the device.
+def refuse_grad_scaler() -> None:
+    """Raise if a GradScaler called ``step`` with a closure: it scaled no loss of the closure's."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+        if frame.f_code.co_filename.endswith("grad_scaler.py"):
+            msg = (
+                "closure must not be given to GradScaler.step, which cannot scale its loss; use "
+                "optimizer.backward(loss, scaler=scaler) and then scaler.step(optimizer)"
+            )
+            raise TypeError(msg)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all entries are finite: the one number a step reads from the device.
 
     A sum that is finite has finite terms only. One that is not may have overflowed; that rare case
     is looked at element by element.
     """
-    sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    total = torch.stack([value, *(s.detach().to(value) for s in sums)])
+    if not tensors:
+        return True
+    first = tensors[0]
+    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    total = torch.stack([s.detach().to(first.device, scalar_dtype(first.device)) for s in sums])
     if bool(torch.isfinite(total).all()):
         return True
-    finite = [torch.isfinite(g).all().to(value.device) for g in (value, *grads)]
+    finite = [torch.isfinite(t).all().to(first.device) for t in tensors]
     return bool(torch.stack(finite).all())

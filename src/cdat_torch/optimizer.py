@@ -1,31 +1,28 @@
 """Wrapping any ``torch.optim`` optimizer with a tuned learning rate.
 
-One step: the closure gives the loss, the base optimizer the direction u, `cdat_torch.curvature` the
-measurement along it, the core tuner the rate, and the parameters move by rate times multiplier
-times u.
+One step: the closure or `backward` gives loss and gradient, the base optimizer the direction u,
+`cdat_torch.losses` the measurement along it, the core tuner the rate, and the parameters move
+by rate times multiplier times u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import Measurement, _validation
+from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint
-from cdat_torch.closure import all_finite, evaluate_closure
-from cdat_torch.curvature import (
-    LossFn,
-    check_method,
-    directional_curvature,
-    gradients,
-)
+from cdat_torch.base_state import SavedState
+from cdat_torch.closure import all_finite, evaluate_closure, refuse_grad_scaler
+from cdat_torch.differentiation import LossFn, gradients
 from cdat_torch.direction import base_direction
+from cdat_torch.distributed import Replicas
 from cdat_torch.groups import (
     adopt,
     check_base,
@@ -35,31 +32,12 @@ from cdat_torch.groups import (
     scale_in_place,
     weights_and_factors,
 )
-from cdat_torch.reevaluation import RandomState, random_state
-from cdat_torch.spaces import TensorListSpace, scalar_dtype
-from cdat_torch.trial import evaluate_trial
-
-
-class StepInfo(NamedTuple):
-    """What the last step measured and did; 0-d tensors on the device of the parameters.
-
-    Attributes
-    ----------
-    value, slope : Tensor or None
-        Loss and directional derivative <g, u>; slope is None if the step was skipped before it.
-    curvature : Tensor or None
-        Directional curvature <u, H u>; None if this step did not measure it.
-    learning_rate : Tensor
-        The tuned rate in use, before the multipliers of the groups; 0 if the step was skipped.
-    skipped : Tensor
-        How many steps were skipped so far because something was not finite, int32.
-    """
-
-    value: Tensor | None
-    slope: Tensor | None
-    curvature: Tensor | None
-    learning_rate: Tensor
-    skipped: Tensor
+from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
+from cdat_torch.methods import method_named
+from cdat_torch.reevaluation import random_state
+from cdat_torch.rules import SearchRule, TunerRule, rule
+from cdat_torch.spaces import scalar_dtype
+from cdat_torch.step_info import StepInfo
 
 
 class TunedOptimizer(Optimizer):
@@ -77,8 +55,16 @@ class TunedOptimizer(Optimizer):
 
     If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
     averages of the tuner stay, and the count in `last` grows. That test reads one number from the
-    device in each step. If only the curvature is not finite the parameters and averages stay, while
-    the base optimizer has seen the (finite) gradient.
+    device in each step. The same holds if only the curvature is not finite: for that the state of
+    the base is copied in each step that measures it.
+
+    Trainers, clipping and accumulation need no closure: call `backward` in the place of
+    ``loss.backward()``, then ``step()``.
+
+    With several processes (``torch.distributed``) each evaluates the loss of its own part of the
+    batch, and the optimizer averages gradients, loss, slope and curvature; all take the same step
+    bit for bit. The model may be wrapped in DistributedDataParallel, whose own reduction is then
+    not used. Weigh the losses of unequal parts so that their mean is the loss of the whole.
 
     Parameters
     ----------
@@ -93,6 +79,12 @@ class TunedOptimizer(Optimizer):
     every : int
         Measure the curvature every so many steps and hold the rate in between; after a skipped step
         it is measured at once.
+    max_consecutive_skips : int, optional
+        Raise a RuntimeError after so many skipped steps in a row. This reads one more number from
+        the device in each step. By default a run of skips goes on.
+    process_group : torch.distributed.ProcessGroup or False, optional
+        The processes that train copies of the model; by default all, if ``torch.distributed`` is
+        initialised. False keeps this process to itself.
 
     Attributes
     ----------
@@ -125,42 +117,32 @@ class TunedOptimizer(Optimizer):
         *,
         curvature: str = "auto",
         every: int = 1,
+        max_consecutive_skips: int | None = None,
+        process_group: Any = None,
     ) -> None:
         check_base(base)
-        if not isinstance(tuner_or_search, Tuner | LineSearch):
-            msg = (
-                "tuner_or_search must be a cdat_core Tuner or LineSearch, "
-                f"got {tuner_or_search!r}; for example cdat_core.tuners.cdat()"
-            )
-            raise TypeError(msg)
-        if "sharpness" in tuner_or_search.needs:
-            msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
-            raise ValueError(msg)
-        check_method(curvature)
-        self._every = _validation.count("every", every)
-        self._method = curvature
-        self._rule = tuner_or_search
-        self._is_tuner = isinstance(tuner_or_search, Tuner)
-        self._needs_curvature = "curvature" in tuner_or_search.needs
+        first = base.param_groups[0]["params"][0]
+        zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
+        self._rule: TunerRule | SearchRule = rule(
+            tuner_or_search, zero, curvature=curvature, every=every
+        )
+        if max_consecutive_skips is not None:
+            _validation.count("max_consecutive_skips", max_consecutive_skips)
+        self._max_consecutive_skips = max_consecutive_skips
         multipliers = [multiplier(group, base.defaults) for group in base.param_groups]
         # Nothing was changed up to here. Optimizer.__init__ would replace groups and state, which
         # this wrapper shares with its base; __setstate__ sets up the hooks alone.
         self.base = base
         self.defaults = {**base.defaults, "lr": 1.0}
         self.__setstate__({})
-        first = base.param_groups[0]["params"][0]
-        zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
         self._rate = zero
         self._skipped = torch.zeros((), dtype=torch.int32, device=first.device)
-        self._until_refresh = 0
-        self._tuner_state: Any = self._cold_state()
+        self._consecutive = torch.zeros_like(self._skipped)
+        self._micro_batches = MicroBatches()
+        self._replicas = Replicas(process_group)
         self.last: StepInfo | None = None
         for group, weight in zip(base.param_groups, multipliers, strict=True):
             adopt(group, weight, zero)
-
-    def _cold_state(self) -> Any:
-        """Return the state of a tuner that has seen nothing; None for a line search."""
-        return self._rule.init(torch.zeros_like(self._rate)) if self._is_tuner else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -173,8 +155,8 @@ class TunedOptimizer(Optimizer):
         return self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything, for copies and pickles; `state_dict` is the form for checkpoints."""
-        return self.__dict__.copy()
+        """Return all but graphs, for copies and pickles; `state_dict` is for checkpoints."""
+        return {**self.__dict__, "_micro_batches": MicroBatches()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``lr`` is a multiplier of the tuned rate (default 1.0).
@@ -198,7 +180,7 @@ class TunedOptimizer(Optimizer):
             As of every ``torch.optim`` optimizer; loads with ``torch.load(weights_only=True)``.
         """
         return checkpoint.with_tuner(
-            super().state_dict(), self._tuner_state, int(self._skipped), self._until_refresh
+            super().state_dict(), self._rule.state, int(self._skipped), self._rule.until_refresh
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,167 +199,208 @@ class TunedOptimizer(Optimizer):
         ValueError
             If the state belongs to another tuner or to other parameters.
         """
-        saved, tuner = checkpoint.split(state_dict, self._tuner_state, self.param_groups)
+        saved, tuner = checkpoint.split(state_dict, self._rule.state, self.param_groups)
         self.base.load_state_dict(saved)
         if tuner is None:
             tuner = checkpoint.SavedTuner(None, 0, 0)
-            self._tuner_state = self._cold_state()
-        elif self._tuner_state is not None:
-            self._tuner_state = checkpoint.restore(tuner.state, self._tuner_state)
-        self._until_refresh = tuner.until_refresh
+            self._rule.start(self._rate)
+        elif self._rule.state is not None:
+            self._rule.state = checkpoint.restore(tuner.state, self._rule.state)
+        self._rule.until_refresh = tuner.until_refresh
         self._skipped = torch.full_like(self._skipped, tuner.skipped)
         self._rate = torch.full_like(self._rate, float(self.param_groups[0]["tuned_lr"]))
         for group in self.param_groups:
             group["tuned_lr"] = self._rate
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what `backward` has gathered for a step that did not come."""
+        self._micro_batches = MicroBatches()
+        super().zero_grad(set_to_none)
+
+    def backward(self, loss: Tensor, *, scaler: Any = None, sync: bool = True) -> None:
+        """Differentiate a loss, in the place of ``loss.backward()``; then clip, then `step()`.
+
+        Gradients add up in ``p.grad``. Several calls before a step accumulate: the losses, their
+        slopes and curvatures add up too, exactly, so divide each loss by the number of
+        micro-batches as usual. In a step that measures the curvature the graphs stay in memory
+        until the step. Clip or change ``p.grad`` afterwards as you like; the slope is that of the
+        loss.
+
+        Parameters
+        ----------
+        loss : Tensor
+            A scalar with its graph.
+        scaler : torch.amp.GradScaler, optional
+            It scales the loss; the step is then ``scaler.step(optimizer)``. If the scaler skips it,
+            `zero_grad` discards the measurement.
+        sync : bool
+            With several processes: whether to average the gradients now. Set it to False for all
+            micro-batches but the last.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the loss is not a scalar with a graph, or the rule or the way to compute the
+            curvature needs a closure.
+        """
+        if self._rule.needs_closure is not None:
+            msg = (
+                f"{self._rule.needs_closure} evaluates the loss again: pass a closure to step() "
+                "instead of calling backward()"
+            )
+            raise ValueError(msg)
+        params = self._trainable()
+        batches = self._micro_batches
+        batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler)
+        batches.reduced = self._replicas.size == 1
+        if sync and not batches.reduced:
+            assert batches.value is not None
+            batches.reduce_value(self._replicas.average_gradients(params, batches.value))
+
+    @overload  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Tensor: ...
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """Take one step.
 
         Parameters
         ----------
-        closure : callable
+        closure : callable, optional
             Returns the loss, a scalar tensor with its graph, and does not call backward. It runs
-            with gradients enabled.
+            with gradients enabled. Leave it out after `backward`.
 
         Returns
         -------
-        Tensor
-            The loss before the step, detached.
+        Tensor or None
+            The loss before the step, detached (the mean over all processes); None if it is not
+            known.
 
         Raises
         ------
         TypeError
-            If the closure is missing, called backward, or returned something else than a tensor.
+            If neither a closure nor `backward` gave a loss, or the closure called backward or
+            returned something else than a tensor.
         ValueError
             If the loss is not a scalar or does not depend on the parameters.
+        RuntimeError
+            If `max_consecutive_skips` steps in a row were skipped.
         """
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        try:
+            evaluation = self._evaluated(closure)
+            if evaluation is None:
+                self.base.step()
+                return None
+            value = self._advance(evaluation)
+            if isinstance(evaluation, ClosureLoss) and value is not None:
+                return value.to(evaluation.loss.dtype)
+            return value
+        finally:
+            self._micro_batches = MicroBatches()
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _evaluated(self, closure: Callable[[], Any] | None) -> StepLoss | None:
+        """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
+        if closure is not None:
+            return self._evaluated_closure(closure)
+        if self._micro_batches:
+            if not self._micro_batches.reduced:
+                msg = "the last backward() before a step must have sync=True"
+                raise RuntimeError(msg)
+            return self._micro_batches
+        if all(float(group["lr"]) == 0 for group in self.param_groups):
+            return None  # distributed checkpointing steps like this to create the state
+        if not self._rule.needs_loss:
+            return PlainGradient([p for p in self._trainable() if p.grad is not None])
+        msg = (
+            "step needs the loss: pass a closure that returns it, or call optimizer.backward(loss) "
+            f"in the place of loss.backward(), got closure={closure!r}"
+        )
+        raise TypeError(msg)
+
+    def _evaluated_closure(self, closure: Callable[[], Any]) -> ClosureLoss:
+        if self._micro_batches:
+            msg = "step got a closure after backward(): use one of the two"
+            raise TypeError(msg)
+        refuse_grad_scaler()
+        params = self._trainable()
         start = random_state(params)
-        measures = self._needs_curvature and self._until_refresh == 0
-        twice = measures and self._method != "finite_difference"
+        twice = False
+        if self._rule.measures:
+            method = method_named(self._rule.method)
+            method.check(closure, "closure")
+            twice = method.differentiated_twice
         loss = evaluate_closure(closure, params, differentiated_twice=twice)
         with torch.enable_grad():
             grads = gradients(loss, params, create_graph=twice)
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.detach()
-
-        point = _Point(
+        pairs = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+        return ClosureLoss(
             closure=cast(LossFn, closure),
             start=start,
             loss=loss,
-            value=loss.detach().to(self._rate),
-            params=[p for p, g in zip(params, grads, strict=True) if g is not None],
-            grads=[g for g in grads if g is not None],
+            params=[p for p, _ in pairs],
+            grads=[g for _, g in pairs],
         )
-        if not all_finite(point.value, point.grads):
-            self._until_refresh = 0
-            self._conclude(point.value, None, None, torch.zeros_like(self._rate), skip=True)
-            return loss.detach()
 
-        direction = base_direction(self.base, point.params)
-        weights, factors = weights_and_factors(self.param_groups, point.params)
-        scale_in_place(direction, weights)
-        if isinstance(self._rule, LineSearch):
-            scale_in_place(direction, factors)  # a search looks along the step that is really taken
-            rate, skip = self._search(point, direction)
-        else:
-            rate, skip = self._tune(point, direction, measures)
-            scale_in_place(direction, factors)
-        move(point.params, direction, rate, skip=skip)
-        return loss.detach()
+    def _advance(self, evaluation: StepLoss) -> Tensor | None:
+        """Ask the base for the direction, the tuner for the rate, and move."""
+        value = evaluation.value
+        if isinstance(evaluation, ClosureLoss):
+            value = self._replicas.average_gradients(self._trainable(), evaluation.value)
+        params = [p for p in self._trainable() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not all_finite([*([] if value is None else [value]), *grads]):
+            self._rule.miss()
+            self._conclude(value, None, None, torch.zeros_like(self._rate), skip=True)
+            return value
 
-    def _tune(
-        self, point: _Point, direction: list[Tensor], measures: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Measure along the direction and ask the tuner; between measurements the rate holds."""
-        assert isinstance(self._rule, Tuner)
-        slope = point.slope(direction)
-        if self._needs_curvature and not measures:
-            self._until_refresh -= 1
-            skip = ~torch.isfinite(slope)
-            rate = torch.where(skip, torch.zeros_like(self._rate), self._rate)
-            self._conclude(point.value, slope, None, rate, skip=skip)
-            return rate, skip
-
-        curvature = self._curvature(point, direction) if measures else None
-        already_skipped = self._tuner_state.skipped
-        rate, self._tuner_state = self._rule.update(
-            Measurement(point.value, slope, curvature), self._tuner_state
-        )
-        skip = self._tuner_state.skipped > already_skipped
-        if measures and self._every > 1:  # a skip loses the rate to hold: measure again at once
-            self._until_refresh = 0 if bool(skip) else self._every - 1
-        self._conclude(point.value, slope, curvature, rate, skip=skip)
-        return rate, skip
-
-    def _curvature(self, point: _Point, direction: list[Tensor]) -> Tensor:
-        with torch.enable_grad():
-            curvature, used = directional_curvature(
-                point.closure,
-                point.loss,
-                point.grads,
-                point.params,
-                direction,
-                method=self._method,
-                start=point.start,
+        saved = SavedState(self.base) if self._rule.measures else None
+        try:
+            direction = base_direction(self.base, params)
+            weights, factors = weights_and_factors(self.param_groups, params)
+            scale_in_place(direction, weights)
+            if self._rule.along_step:
+                scale_in_place(direction, factors)
+            rate, skip, slope, curvature = self._rule.choose(
+                evaluation, value, params, direction, present=self._rate, replicas=self._replicas
             )
-        if used == "finite_difference":
-            self._method = used  # what failed once is not tried again in each step
-        return curvature
-
-    def _search(self, point: _Point, direction: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Try steps along the direction until the line search is done."""
-        assert isinstance(self._rule, LineSearch)
-        space, slope = TensorListSpace(), point.slope(direction)
-        here = [p.detach().clone() for p in point.params]
-        trial = self._rule.init(Measurement(point.value, slope, None), self._rate, self._rate)
-        while not bool(trial.done):
-            there = space.add_scale(here, trial.step_size, direction)
-            told = evaluate_trial(
-                point.closure,
-                point.params,
-                there,
-                direction,
-                start=point.start,
-                needs=self._rule.trial_needs,
-            )
-            trial = self._rule.tell(trial, *(number.to(self._rate) for number in told))
-        skip = ~torch.isfinite(slope)
-        self._conclude(point.value, slope, None, trial.step_size, skip=skip)
-        return trial.step_size, skip
+            if not self._rule.along_step:
+                scale_in_place(direction, factors)
+        except BaseException:
+            if saved is not None:
+                saved.restore(self.base)
+            raise
+        if saved is not None:
+            saved.restore_where(self.base, skip)
+        move(params, direction, rate, skip=skip)
+        self._conclude(value, slope, curvature, rate, skip=skip)
+        return value
 
     def _conclude(
         self,
-        value: Tensor,
+        value: Tensor | None,
         slope: Tensor | None,
         curvature: Tensor | None,
         rate: Tensor,
         *,
         skip: Tensor | bool,
     ) -> None:
-        """Record what the step measured and decided."""
+        """Record what the step measured and decided; raise after too many skips in a row."""
         self._rate = rate
         self._skipped = self._skipped + skip
+        self._consecutive = (self._consecutive + 1) * skip
         for group in self.param_groups:
             group["tuned_lr"] = rate
         self.last = StepInfo(value, slope, curvature, rate, self._skipped)
-
-
-class _Point(NamedTuple):
-    """The loss and its gradient at the present parameters.
-
-    `params` and `grads` hold the parameters that the loss depends on; the gradients carry their
-    graph if the curvature is to be measured exactly. `start` is the random state from which the
-    closure was evaluated.
-    """
-
-    closure: LossFn
-    start: RandomState
-    loss: Tensor
-    value: Tensor
-    params: list[Tensor]
-    grads: list[Tensor]
-
-    def slope(self, direction: list[Tensor]) -> Tensor:
-        return TensorListSpace().vdot([g.detach() for g in self.grads], direction)
+        limit = self._max_consecutive_skips
+        if limit is not None and int(self._consecutive) >= limit:
+            msg = (
+                f"{limit} steps in a row were skipped because loss, gradient or curvature was not "
+                "finite; the parameters are those of the last good step (max_consecutive_skips)"
+            )
+            raise RuntimeError(msg)

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature import LossFn, check_scalar, gradients
+from cdat_torch.differentiation import LossFn, check_scalar, gradients
 from cdat_torch.reevaluation import RandomState, moved, without_trace
 from cdat_torch.spaces import TensorListSpace
 

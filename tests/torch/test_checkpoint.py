@@ -81,7 +81,7 @@ def test_a_plain_optimizers_state_loads_with_a_cold_tuner() -> None:
     with pytest.warns(UserWarning, match="tuner starts cold"):
         optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1.0
-    assert float(optimizer._tuner_state.weight) == 0.0
+    assert float(optimizer._rule.state.weight) == 0.0
     torch.testing.assert_close(
         [s["exp_avg"] for s in optimizer.state.values()],
         [s["exp_avg"] for s in plain.state.values()],

@@ -19,7 +19,7 @@ from tests.torch.models import mlp
 def snapshot(optimizer: TunedOptimizer) -> Any:
     params = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
     state = [copy.deepcopy(s) for s in optimizer.base.state.values()]
-    averages = copy.deepcopy(optimizer._tuner_state)
+    averages = copy.deepcopy(optimizer._rule.state)
     return params, state, averages
 
 
@@ -87,6 +87,60 @@ def test_a_curvature_that_is_not_finite_moves_no_parameter() -> None:
     assert int(optimizer.last.skipped) == 1
 
 
+def test_a_curvature_that_is_not_finite_leaves_the_state_of_the_base() -> None:
+    """Bit for bit, and with the tensors that others may hold."""
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(torch.optim.Adam([w]), sigma=1.0)
+    optimizer.step(lambda: NanCurvature.apply(w).sum())  # the very first step: no state yet
+    assert not optimizer.state
+    optimizer.step(lambda: (w**4).sum())
+    before, held = snapshot(optimizer), optimizer.state[w]["exp_avg"]
+    for _ in range(2):
+        optimizer.step(lambda: NanCurvature.apply(w).sum())
+    assert_same(before, snapshot(optimizer))
+    assert optimizer.state[w]["exp_avg"] is held
+    assert int(optimizer.last.skipped) == 3
+
+
+@pytest.mark.parametrize("bad", ["loss", "curvature"])
+def test_too_many_skips_in_a_row_raise(bad: str) -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(torch.optim.SGD([w]), sigma=1.0, max_consecutive_skips=3)
+    broken = {
+        "loss": lambda: (w**4).sum() * torch.nan,
+        "curvature": lambda: NanCurvature.apply(w).sum(),
+    }[bad]
+    good = lambda: (w**4).sum()
+    for _ in range(2):
+        optimizer.step(broken)
+    optimizer.step(good)
+    for _ in range(2):
+        optimizer.step(broken)
+    with pytest.raises(RuntimeError, match="3 steps in a row were skipped"):
+        optimizer.step(broken)
+    assert torch.isfinite(w).all()
+    with pytest.raises(ValueError, match="max_consecutive_skips must be an integer >= 1, got 0"):
+        CDAT(torch.optim.SGD([w.detach().requires_grad_()]), max_consecutive_skips=0)
+
+
+def test_an_interrupt_during_the_measurement_leaves_parameters_and_base_state() -> None:
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    optimizer = CDAT(torch.optim.Adam(model.parameters()), curvature="finite_difference")
+    optimizer.step(lambda: model(x).square().mean())
+    before, calls = snapshot(optimizer), 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return model(x).square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert_same(before, snapshot(optimizer))
+
+
 def test_after_a_skip_the_curvature_is_measured_at_once() -> None:
     w = torch.full((2,), 3.0, dtype=torch.float64, requires_grad=True)
     optimizer = CDAT(torch.optim.SGD([w]), every=5)
@@ -115,7 +169,7 @@ def backward_inside(w: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("closure", "error", "message"),
     [
-        (None, TypeError, "closure must be a function that returns the loss, got None"),
+        (None, TypeError, "step needs the loss: .*or call optimizer.backward"),
         (lambda w: None, TypeError, "closure must return the loss as a tensor, got None"),
         (lambda w: float((w**2).sum().detach()), TypeError, "closure must return the loss as a"),
         (lambda w: w**2, ValueError, r"closure must return a real scalar, got shape \(2,\)"),

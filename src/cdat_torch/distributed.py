@@ -1,0 +1,70 @@
+"""Several processes that train copies of one model: means of gradients and scalars.
+
+Each process differentiates the loss of its own part of the batch. Gradients, loss, slope and
+curvature are then averaged, so that all processes take the same step bit for bit. Everything is
+linear in the loss, so means of the parts are those of the whole; absolute values and maxima come
+after the mean. A value that is not finite in one process is not finite in the mean, and all skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Replicas:
+    """The processes of a group; a single process has nothing to do.
+
+    Parameters
+    ----------
+    process_group : torch.distributed.ProcessGroup, False or None
+        None is the default group if there is one; False keeps this process to itself.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        distributed = torch.distributed
+        alone = process_group is False or not (
+            distributed.is_available() and distributed.is_initialized()
+        )
+        self._group = process_group
+        self.size = 1 if alone else distributed.get_world_size(process_group)
+
+    def mean(self, scalars: Sequence[Tensor]) -> list[Tensor]:
+        """Return the means of 0-d tensors over all processes, with one reduction."""
+        if self.size == 1:
+            return list(scalars)
+        together = torch.stack([s.to(torch.float64) for s in scalars])
+        torch.distributed.all_reduce(together, group=self._group)
+        return list((together / self.size).unbind())
+
+    def average_gradients(self, params: Sequence[Tensor], value: Tensor) -> Tensor:
+        """Replace each ``p.grad`` by its mean and return the mean loss.
+
+        A parameter without a gradient here counts as zero, unless it has none anywhere.
+        """
+        if self.size == 1:
+            return value
+        present = torch.tensor([float(p.grad is not None) for p in params], dtype=torch.float64)
+        numbers = torch.cat([value.reshape(1), present.to(value.device)])
+        torch.distributed.all_reduce(numbers, group=self._group)
+        used = [p for p, n in zip(params, numbers[1:].tolist(), strict=True) if n > 0]
+        for dtype in dict.fromkeys(p.dtype for p in used):
+            part = [p for p in used if p.dtype == dtype]
+            flat = torch.cat([_flat_gradient(p) for p in part])
+            torch.distributed.all_reduce(flat, group=self._group)
+            flat.div_(self.size)
+            # New tensors: the present ones belong to the graph of the curvature.
+            for p, piece in zip(part, torch.split(flat, [p.numel() for p in part]), strict=True):
+                p.grad = piece.view_as(p)
+        return numbers[0] / self.size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the group, which no other process knows."""
+        return {"size": self.size, "_group": None if self._group is not False else False}
+
+
+def _flat_gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)

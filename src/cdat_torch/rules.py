@@ -1,0 +1,207 @@
+"""How a step gets its rate: a tuner that measures, or a line search that tries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdat_core import Measurement, _validation
+from cdat_core.linesearch import LineSearch
+from cdat_core.tuners import Tuner
+from cdat_torch.distributed import Replicas
+from cdat_torch.losses import ClosureLoss, StepLoss
+from cdat_torch.methods import method_named
+from cdat_torch.spaces import TensorListSpace
+from cdat_torch.trial import evaluate_trial
+
+
+class Decision(NamedTuple):
+    """The rate of a step, and what it rests on; means over all processes."""
+
+    rate: Tensor
+    skip: Tensor
+    slope: Tensor
+    curvature: Tensor | None
+
+
+class TunerRule:
+    """A tuner with its state; it measures the curvature every so many steps.
+
+    Parameters
+    ----------
+    tuner : Tuner
+        The rule.
+    like : Tensor
+        A 0-d tensor that fixes dtype and device of the state.
+    curvature : str
+        The way to compute it, kept in `method`.
+    every : int
+        Steps from one measurement to the next.
+    """
+
+    along_step = False
+    """The direction is measured before the multipliers of a scheduler."""
+
+    def __init__(self, tuner: Tuner[Any], like: Tensor, *, curvature: str, every: int) -> None:
+        if "sharpness" in tuner.needs:
+            msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
+            raise ValueError(msg)
+        method_named(curvature)
+        self._tuner = tuner
+        self._every = _validation.count("every", every)
+        self._needs_curvature = "curvature" in tuner.needs
+        self.method = curvature
+        self.needs_value = "value" in tuner.needs
+        self.until_refresh = 0
+        self.state: Any = None
+        self.start(like)
+
+    def start(self, like: Tensor) -> None:
+        """Forget all measurements."""
+        self.state = self._tuner.init(torch.zeros_like(like))
+
+    @property
+    def measures(self) -> bool:
+        """Whether the step to come measures the curvature."""
+        return self._needs_curvature and self.until_refresh == 0
+
+    @property
+    def needs_closure(self) -> str | None:
+        """What evaluates the loss again, if anything does."""
+        if not self._needs_curvature or method_named(self.method).differentiated_twice:
+            return None
+        return f'curvature="{self.method}"'
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a gradient alone is not enough."""
+        return self._needs_curvature or self.needs_value
+
+    def miss(self) -> None:
+        """Take note of a step that was skipped: the rate to hold is lost."""
+        self.until_refresh = 0
+
+    def choose(
+        self,
+        evaluation: StepLoss,
+        value: Tensor | None,
+        params: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        *,
+        present: Tensor,
+        replicas: Replicas,
+    ) -> Decision:
+        """Measure along the direction and ask the tuner; between measurements the rate holds.
+
+        Parameters
+        ----------
+        evaluation : StepLoss
+            Loss and gradient of this process.
+        value : Tensor or None
+            The loss of all processes.
+        params, direction : sequence of Tensor
+            The parameters that have a gradient, and u.
+        present : Tensor
+            The rate in use.
+        replicas : Replicas
+            The other processes.
+        """
+        along = dict(zip(params, direction, strict=True))
+        slope = evaluation.slope(along)
+        if self._needs_curvature and not self.measures:
+            (slope,) = replicas.mean([slope])
+            self.until_refresh -= 1
+            skip = ~torch.isfinite(slope)
+            return Decision(
+                torch.where(skip, torch.zeros_like(present), present), skip, slope, None
+            )
+
+        curvature = None
+        if self.measures:
+            curvature, used = evaluation.curvature(along, self.method)
+            if used == "finite_difference":
+                self.method = used  # what failed once is not tried again in each step
+            slope, curvature = replicas.mean([slope, curvature])
+        else:
+            (slope,) = replicas.mean([slope])
+        before = self.state.skipped
+        rate, self.state = self._tuner.update(Measurement(value, slope, curvature), self.state)
+        skip = self.state.skipped > before
+        if self.measures and self._every > 1:
+            # After a skip the curvature is measured again at once.
+            self.until_refresh = 0 if bool(skip) else self._every - 1
+        return Decision(rate, skip, slope, curvature)
+
+
+class SearchRule:
+    """A line search; it evaluates the closure again for each trial."""
+
+    along_step = True
+    """The search looks along the step that is really taken."""
+    method = "none"
+    measures = False
+    needs_closure = "a line search"
+    needs_loss = True
+    state: Any = None
+    until_refresh = 0
+
+    def __init__(self, search: LineSearch) -> None:
+        self._search = search
+
+    def start(self, like: Tensor) -> None:
+        """Do nothing: a search has no state between steps."""
+
+    def miss(self) -> None:
+        """Do nothing."""
+
+    def choose(
+        self,
+        evaluation: StepLoss,
+        value: Tensor | None,
+        params: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        *,
+        present: Tensor,
+        replicas: Replicas,
+    ) -> Decision:
+        """Try steps along the direction until the search is done; see `TunerRule.choose`."""
+        assert isinstance(evaluation, ClosureLoss)
+        space = TensorListSpace()
+        (slope,) = replicas.mean([evaluation.slope(dict(zip(params, direction, strict=True)))])
+        here = [p.detach().clone() for p in params]
+        trial = self._search.init(Measurement(value, slope, None), present, present)
+        while not bool(trial.done):
+            told = evaluate_trial(
+                evaluation.closure,
+                params,
+                space.add_scale(here, trial.step_size, direction),
+                direction,
+                start=evaluation.start,
+                needs=self._search.trial_needs,
+            )
+            trial = self._search.tell(trial, *replicas.mean([field.to(present) for field in told]))
+        return Decision(trial.step_size, ~torch.isfinite(slope), slope, None)
+
+
+def rule(tuner_or_search: Any, like: Tensor, *, curvature: str, every: int) -> Any:
+    """Return the `TunerRule` or `SearchRule`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind.
+    """
+    if isinstance(tuner_or_search, Tuner):
+        return TunerRule(tuner_or_search, like, curvature=curvature, every=every)
+    if isinstance(tuner_or_search, LineSearch):
+        method_named(curvature)
+        _validation.count("every", every)
+        return SearchRule(tuner_or_search)
+    msg = (
+        f"tuner_or_search must be a cdat_core Tuner or LineSearch, got {tuner_or_search!r}; "
+        "for example cdat_core.tuners.cdat()"
+    )
+    raise TypeError(msg)
