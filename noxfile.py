@@ -81,6 +81,13 @@ def torch(session: nox.Session) -> None:
 
 
 @nox.session
+def distributed(session: nox.Session) -> None:
+    """Train in several processes that share one step."""
+    install(session, ".[torch]", "test")
+    pytest(session, "tests/distributed")
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """Prove that all backends compute the same thing."""
     install(session, ".[jax,torch]", "test")

@@ -6,10 +6,12 @@ top-level keys and casts tensors in ``state`` to the dtype of the parameter.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 _KEY = "tuner"
 
@@ -54,6 +56,11 @@ def split(
         for saved, group in zip(saved_groups, groups, strict=True):
             saved.update({key: group[key] for key in ("lr", "direction_weight", "tuned_lr")})
         return {**state_dict, "param_groups": saved_groups}, None
+    for saved in (*saved_groups, *tuners):
+        _check_numbers(saved)
+    if set(tuners[0]) != set(SavedTuner._fields):
+        msg = f"state_dict must hold {SavedTuner._fields} of the tuner, got {tuple(tuners[0])}"
+        raise ValueError(msg)
     tuner = SavedTuner(**tuners[0])
     expected = None if tuner_state is None else set(tuner_state._fields)
     found = None if tuner.state is None else set(tuner.state)
@@ -62,7 +69,50 @@ def split(
             f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
         )
         raise ValueError(msg)
+    if tuner.state is not None:
+        _check_numbers(tuner.state, every=True)
     return {**state_dict, "param_groups": saved_groups}, tuner
+
+
+def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
+    """Raise a ValueError if the base's part of a checkpoint does not fit its parameters."""
+    params = [p for group in base.param_groups for p in group["params"]]
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    if len(params) != len(saved):
+        msg = f"state_dict must hold {len(params)} parameters, got {len(saved)}"
+        raise ValueError(msg)
+    by_index = dict(zip(saved, params, strict=True))
+    for index, state in state_dict["state"].items():
+        if index not in by_index or not isinstance(state, dict):
+            msg = f"state_dict['state'] must map parameters to dictionaries, got {index!r}"
+            raise ValueError(msg)
+        p = by_index[index]
+        for name, value in state.items():
+            where = f"state_dict['state'][{index}][{name!r}]"
+            if isinstance(value, str) or (
+                isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all())
+            ):
+                msg = f"{where} must be finite numbers, got {value!r}"
+                raise ValueError(msg)
+            present = base.state.get(p, {}).get(name)
+            if not (isinstance(value, torch.Tensor) and isinstance(present, torch.Tensor)):
+                continue
+            if value.shape != present.shape:
+                msg = f"{where} must have shape {tuple(present.shape)}, got {tuple(value.shape)}"
+                raise ValueError(msg)
+
+
+_RATES = ("lr", "direction_weight", "tuned_lr", "skipped", "until_refresh")
+
+
+def _check_numbers(values: dict[str, Any], *, every: bool = False) -> None:
+    """Require finite numbers >= 0 under the names that hold some, or under all."""
+    for name in values if every else set(values) & set(_RATES):
+        value = values[name]
+        number = not isinstance(value, bool) and isinstance(value, int | float | torch.Tensor)
+        if not number or not 0 <= float(value) < math.inf:
+            msg = f"state_dict must hold a finite {name} >= 0, got {value!r}"
+            raise ValueError(msg)
 
 
 def restore(numbers: dict[str, Any] | None, like: Any) -> Any:

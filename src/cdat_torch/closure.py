@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.differentiation import LossFn, evaluate
+from cdat_torch.differentiation import LossFn, evaluate, gradients
+from cdat_torch.losses import ClosureLoss
+from cdat_torch.methods import method_named
+from cdat_torch.reevaluation import random_state
 from cdat_torch.spaces import scalar_dtype
 
 
@@ -50,6 +53,33 @@ def evaluate_closure(
 
 def _version(grad: Tensor | None) -> int | None:
     return None if grad is None else grad._version
+
+
+def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> ClosureLoss:
+    """Evaluate the closure and its gradient, the latter also in ``p.grad``.
+
+    Parameters
+    ----------
+    closure : callable
+        Returns the loss.
+    params : sequence of Tensor
+        All that require a gradient.
+    method : str or None
+        How the curvature is to be measured, if it is.
+    """
+    refuse_grad_scaler()
+    twice = False
+    if method is not None:
+        method_named(method).check(closure, "closure")
+        twice = method_named(method).differentiated_twice
+    start = random_state(params)
+    loss = evaluate_closure(closure, params, differentiated_twice=twice)
+    with torch.enable_grad():
+        grads = gradients(loss, params, create_graph=twice)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g.detach()
+    pairs = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+    return ClosureLoss(closure, start, loss, [p for p, _ in pairs], [g for _, g in pairs])
 
 
 def refuse_grad_scaler() -> None:

@@ -66,5 +66,16 @@ class Replicas:
         return {"size": self.size, "_group": None if self._group is not False else False}
 
 
+def refuse_sharded(params: Sequence[Tensor]) -> None:
+    """Raise a ValueError for parameters that are spread over processes (DTensor)."""
+    for p in params:
+        if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor"):
+            msg = (
+                "params must be whole in each process, got a DTensor: sharded parameters (FSDP2, "
+                "tensor parallel) are not supported yet; use DistributedDataParallel"
+            )
+            raise ValueError(msg)
+
+
 def _flat_gradient(p: Tensor) -> Tensor:
     return torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)

@@ -8,7 +8,7 @@ by rate times multiplier times u.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint
 from cdat_torch.base_state import SavedState
-from cdat_torch.closure import all_finite, evaluate_closure, refuse_grad_scaler
-from cdat_torch.differentiation import LossFn, gradients
+from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
-from cdat_torch.distributed import Replicas
+from cdat_torch.distributed import Replicas, refuse_sharded
 from cdat_torch.groups import (
     adopt,
     check_base,
@@ -33,8 +32,6 @@ from cdat_torch.groups import (
     weights_and_factors,
 )
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
-from cdat_torch.methods import method_named
-from cdat_torch.reevaluation import random_state
 from cdat_torch.rules import SearchRule, TunerRule, rule
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
@@ -121,6 +118,7 @@ class TunedOptimizer(Optimizer):
         process_group: Any = None,
     ) -> None:
         check_base(base)
+        refuse_sharded([p for group in base.param_groups for p in group["params"]])
         first = base.param_groups[0]["params"][0]
         zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
         self._rule: TunerRule | SearchRule = rule(
@@ -197,9 +195,11 @@ class TunedOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If the state belongs to another tuner or to other parameters.
+            If the state belongs to another tuner or to other parameters, or holds something that is
+            not finite, negative or of another shape.
         """
         saved, tuner = checkpoint.split(state_dict, self._rule.state, self.param_groups)
+        checkpoint.check_base_state(saved, self.base)
         self.base.load_state_dict(saved)
         if tuner is None:
             tuner = checkpoint.SavedTuner(None, 0, 0)
@@ -305,7 +305,12 @@ class TunedOptimizer(Optimizer):
     def _evaluated(self, closure: Callable[[], Any] | None) -> StepLoss | None:
         """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
         if closure is not None:
-            return self._evaluated_closure(closure)
+            if self._micro_batches:
+                msg = "step got a closure after backward(): use one of the two"
+                raise TypeError(msg)
+            return closure_loss(
+                closure, self._trainable(), self._rule.method if self._rule.measures else None
+            )
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -320,32 +325,6 @@ class TunedOptimizer(Optimizer):
             f"in the place of loss.backward(), got closure={closure!r}"
         )
         raise TypeError(msg)
-
-    def _evaluated_closure(self, closure: Callable[[], Any]) -> ClosureLoss:
-        if self._micro_batches:
-            msg = "step got a closure after backward(): use one of the two"
-            raise TypeError(msg)
-        refuse_grad_scaler()
-        params = self._trainable()
-        start = random_state(params)
-        twice = False
-        if self._rule.measures:
-            method = method_named(self._rule.method)
-            method.check(closure, "closure")
-            twice = method.differentiated_twice
-        loss = evaluate_closure(closure, params, differentiated_twice=twice)
-        with torch.enable_grad():
-            grads = gradients(loss, params, create_graph=twice)
-        for p, g in zip(params, grads, strict=True):
-            p.grad = None if g is None else g.detach()
-        pairs = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-        return ClosureLoss(
-            closure=cast(LossFn, closure),
-            start=start,
-            loss=loss,
-            params=[p for p, _ in pairs],
-            grads=[g for _, g in pairs],
-        )
 
     def _advance(self, evaluation: StepLoss) -> Tensor | None:
         """Ask the base for the direction, the tuner for the rate, and move."""

@@ -104,3 +104,49 @@ def test_cdat_is_a_preset() -> None:
     preset_model.load_state_dict(model.state_dict())
     preset = CDAT(torch.optim.Adam(preset_model.parameters()), 1.5, 0.8)
     assert train(preset_model, preset, 4) == train(model, optimizer, 4)
+
+
+def _set(path, value):
+    """Return a function that changes one entry of a state_dict."""
+
+    def change(state_dict):
+        *first, last = path
+        at = state_dict
+        for key in first:
+            at = at[key]
+        at[last] = value
+
+    return change
+
+
+GROUP = ("param_groups", 0)
+SPOILT = {
+    "NaN average": _set((*GROUP, "tuner", "state", "numerator"), float("nan")),
+    "negative average": _set((*GROUP, "tuner", "state", "denominator"), -1.0),
+    "string": _set((*GROUP, "tuner", "state", "rate"), "0.1"),
+    "negative count": _set((*GROUP, "tuner", "skipped"), -1),
+    "infinite multiplier": _set((*GROUP, "lr"), float("inf")),
+    "negative rate": _set((*GROUP, "tuned_lr"), -0.1),
+    "tuner without a field": _set((*GROUP, "tuner"), {"state": None}),
+    "NaN moment": _set(("state", 0, "exp_avg"), torch.full((4, 3), torch.nan).double()),
+    "moment of another shape": _set(("state", 0, "exp_avg"), torch.zeros(3, 4).double()),
+    "state that is a string": _set(("state", 0, "exp_avg"), "zeros"),
+    "unknown parameter": _set(("state", 17), {}),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_state_is_refused_and_nothing_changes(spoil) -> None:  # type: ignore[no-untyped-def]
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.0)
+    for _ in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    spoil(state_dict)
+    with pytest.raises(ValueError, match="state_dict"):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+    optimizer.load_state_dict(before)
