@@ -127,6 +127,14 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def integrations(session: nox.Session) -> None:
+    """Run the recipes for Accelerate, Lightning and the Trainer of Hugging Face."""
+    install(session, ".[torch]", "test", "integrations")
+    # Warnings of those packages are not ours to fix.
+    session.run("pytest", "-W", "default", "tests/integrations", env=SINGLE_THREAD)
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Train a network on digits with every contender under JAX and PyTorch; write the report."""
     install(session, ".[all]")
@@ -138,3 +146,17 @@ def bench(session: nox.Session) -> None:
     """Print the cost of a CDAT step over a plain Adam step."""
     install(session, ".[jax,torch]")
     session.run("python", "benchmarks/step_cost.py", *session.posargs)
+
+
+@nox.session(default=False)
+def bench_torch(session: nox.Session) -> None:
+    """Print time and memory of a step under PyTorch, beside other packages."""
+    install(session, ".[torch]")
+    peers = ("gen-optim", "prodigyopt", "schedulefree", "scikit-learn")
+    needed = ("einops", "linear_operator", "opt_einsum", "tqdm")  # by curvlinops
+    session.install("--constraint", "constraints.txt", *peers, *needed)
+    # Their requirements would bring torchvision, and with it another torch.
+    curvlinops = ("curvlinops-for-pytorch", "backpack-for-pytorch", "einconv", "unfoldNd")
+    session.install("--no-deps", *curvlinops)
+    quiet = {**SINGLE_THREAD, "KINETO_LOG_LEVEL": "99"}
+    session.run("python", "benchmarks/torch_steps.py", *session.posargs, env=quiet)

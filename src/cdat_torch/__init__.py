@@ -8,6 +8,7 @@ except ImportError as error:
 
 from cdat_torch.cdat import CDAT
 from cdat_torch.curvature import hvp, measure
+from cdat_torch.differentiability import further_differentiable
 from cdat_torch.gauss_newton import CompositeLoss
 from cdat_torch.optimizer import TunedOptimizer
 from cdat_torch.spaces import TensorListSpace
@@ -20,6 +21,7 @@ __all__ = [
     "StepInfo",
     "TensorListSpace",
     "TunedOptimizer",
+    "further_differentiable",
     "hvp",
     "measure",
     "sharpness",

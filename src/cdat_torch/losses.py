@@ -160,7 +160,7 @@ class MicroBatches:
         except (RuntimeError, NotImplementedError) as error:
             msg = (
                 f"the loss given to backward has no second derivative ({error}); run the model "
-                "under cdat_torch.differentiability.further_differentiable(), or pass a closure "
+                "under cdat_torch.further_differentiable(), or pass a closure "
                 "to step() instead"
             )
             raise RuntimeError(msg) from error
