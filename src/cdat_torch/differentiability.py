@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger("cdat_torch")
 
@@ -43,7 +42,7 @@ def further_differentiable() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with eager(), sdpa_kernel(SDPBackend.MATH), _OtherKernels():
+        with eager(), sdpa_kernel(SDPBackend.MATH), _other_kernels():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -58,18 +57,21 @@ def eager() -> Iterator[None]:
         yield
 
 
-class _OtherKernels(TorchFunctionMode):
-    """Replace single operations by equivalents with the derivatives that are missing."""
+@contextmanager
+def _other_kernels() -> Iterator[None]:
+    """Replace single operations by equivalents with the derivatives that are missing.
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+    The names under which the layers of PyTorch call them are bound anew. A mode of torch functions
+    would not reach the forward passes that activation checkpointing repeats in the backward.
+    """
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACEMENTS]
+    try:
+        for owner, name, function in _REPLACEMENTS:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -95,10 +97,14 @@ def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
     return native
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    torch._weight_norm: _weight_norm,
-    **{f: _without_library(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-}
+_REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch, "_weight_norm", _weight_norm),
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
+    *(
+        (torch._VF, name, _without_library(getattr(torch._VF, name)))
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    ),
+]
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:

@@ -7,6 +7,9 @@ normalisation layers or the random state that the next step starts from.
 
 from __future__ import annotations
 
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +65,7 @@ def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None
                 if buffer not in values:
                     values[buffer] = buffer.detach().clone()
 
+    _expect_hooks_of_compiled_modules()
     handle = register_module_forward_pre_hook(save)
     try:
         for p in leaves:
@@ -79,6 +83,16 @@ def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None
         for p, grad in zip(leaves, grads, strict=True):
             p.grad = grad
         _set_random_state(after)
+
+
+def _expect_hooks_of_compiled_modules() -> None:
+    """Keep torch.compile'd modules from warning that they call the hook once more: it may be."""
+    message = "Using `torch.compile.module.` when there are global hooks"
+    known = (f[1] for f in warnings.filters if f[0] == "ignore")
+    if "torch._dynamo" in sys.modules and not any(
+        isinstance(pattern, re.Pattern) and pattern.pattern == message for pattern in known
+    ):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 @contextmanager
