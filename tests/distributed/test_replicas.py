@@ -61,47 +61,6 @@ def train(rank, size, rule, *, wrapped=False, form="closure", sizes=None, curvat
     return numbers(model, optimizer)
 
 
-def plain(rank, size, rule, options):
-    return train(rank, size, rule, **options)
-
-
-def assert_equal_to_one_process(size, rule, **options):
-    found = run(size, plain, rule, options)
-    for other in found[1:]:
-        assert other == found[0]  # bit for bit
-    options.pop("sizes", None)
-    expected = train(0, 1, rule, **options)
-    torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(expected[0]))
-    (ours,), (theirs,) = found[0][1], expected[1]
-    assert ours.keys() == theirs.keys()
-    for name, number in theirs.items():
-        assert ours[name] == pytest.approx(number, rel=1e-9), name
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_two_processes_take_the_step_of_the_whole_batch(rule):
-    assert_equal_to_one_process(2, rule)
-
-
-@pytest.mark.parametrize("form", ["closure", "backward", "accumulation"])
-def test_four_processes_under_distributed_data_parallel(form):
-    assert_equal_to_one_process(4, "cdat", wrapped=True, form=form)
-
-
-def test_unequal_parts_weighed_by_their_size():
-    assert_equal_to_one_process(2, "cdat", sizes=[6, 18])
-
-
-def test_finite_differences():
-    found = run(2, plain, "cdat", {"curvature": "finite_difference"})
-    assert found[0] == found[1]
-    expected = train(0, 1, "cdat", curvature="finite_difference")
-    # A difference of two rounded gradients: each process has its own rounding.
-    torch.testing.assert_close(
-        torch.tensor(found[0][0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-7
-    )
-
-
 def faulty(rank, size, where):
     model, x, y = problem()
     base = torch.optim.Adam(model.parameters())
@@ -127,16 +86,6 @@ def faulty(rank, size, where):
     skipped = int(optimizer.last.skipped)
     optimizer.step(good)
     return same, skipped, float(optimizer.last.learning_rate), int(optimizer.last.skipped)
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient", "curvature"])
-def test_what_is_not_finite_in_one_process_skips_the_step_in_all(where):
-    found = run(2, faulty, where)
-    assert found[0] == found[1]
-    same, skipped, rate, still_skipped = found[0]
-    assert same
-    assert (skipped, still_skipped) == (1, 1)
-    assert rate > 0
 
 
 class Routed(nn.Module):
@@ -166,25 +115,12 @@ def routed(rank, size):
     return *numbers(model, optimizer), unused
 
 
-def test_parameters_that_only_some_processes_use():
-    found, expected = run(2, routed), routed(0, 1)
-    assert found[0] == found[1]
-    torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(expected[0]))
-    assert found[0][2]
-    assert expected[2]
-
-
 def alone(rank, size):
     model, x, y = problem()
     optimizer = CDAT(torch.optim.SGD(model.parameters(), lr=1.0), process_group=False)
     part = share(x, rank, size), share(y, rank, size)
     optimizer.step(lambda: F.cross_entropy(model(part[0]), part[1]))
     return numbers(model, optimizer)
-
-
-def test_a_process_may_keep_to_itself():
-    first, second = run(2, alone)
-    assert first != second
 
 
 def forgetful(rank, size):
@@ -194,10 +130,6 @@ def forgetful(rank, size):
     with pytest.raises(RuntimeError, match="sync=True"):
         optimizer.step()
     return True
-
-
-def test_a_step_without_synchronised_gradients_is_refused():
-    assert run(2, forgetful) == [True, True]
 
 
 def dying(rank, size):
@@ -215,6 +147,93 @@ def dying(rank, size):
     return same and all(
         torch.equal(s["exp_avg"], t) for s, t in zip(optimizer.state.values(), state, strict=True)
     )
+
+
+# Starting processes takes seconds, so those of one number run all their cases in turn.
+TWO = {
+    **{rule: (train, {"rule": rule}) for rule in RULES},
+    "unequal": (train, {"rule": "cdat", "sizes": [6, 18]}),
+    "differences": (train, {"rule": "cdat", "curvature": "finite_difference"}),
+    **{f"bad {where}": (faulty, {"where": where}) for where in ("loss", "gradient", "curvature")},
+    "routed": (routed, {}),
+    "alone": (alone, {}),
+    "forgetful": (forgetful, {}),
+}
+FORMS = ("closure", "backward", "accumulation")
+FOUR = {form: (train, {"rule": "cdat", "wrapped": True, "form": form}) for form in FORMS}
+
+
+def every_case(rank, size):
+    cases = {2: TWO, 4: FOUR}[size]
+    return {name: function(rank, size, **options) for name, (function, options) in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """What each of two processes found, by case."""
+    return run(2, every_case)
+
+
+@pytest.fixture(scope="module")
+def four():
+    return run(4, every_case)
+
+
+def assert_like_one_process(found, name, cases, **tolerance):
+    results = [process[name] for process in found]
+    for other in results[1:]:
+        assert other == results[0]  # bit for bit
+    function, options = cases[name]
+    alone = {key: value for key, value in options.items() if key != "sizes"}
+    (flat, (ours,)), (expected_flat, (theirs,)) = results[0], function(0, 1, **alone)
+    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(torch.tensor(flat), torch.tensor(expected_flat), **tolerance)
+    assert ours.keys() == theirs.keys()
+    for key, number in theirs.items():
+        assert ours[key] == pytest.approx(number, rel=tolerance["rtol"]), key
+
+
+@pytest.mark.parametrize("case", [*RULES, "unequal"])
+def test_two_processes_take_the_step_of_the_whole_batch(two, case):
+    assert_like_one_process(two, case, TWO)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_four_processes_under_distributed_data_parallel(four, form):
+    assert_like_one_process(four, form, FOUR)
+
+
+def test_finite_differences(two):
+    """A difference of two rounded gradients: each process has its own rounding."""
+    assert_like_one_process(two, "differences", TWO, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "curvature"])
+def test_what_is_not_finite_in_one_process_skips_the_step_in_all(two, where):
+    found = [process[f"bad {where}"] for process in two]
+    assert found[0] == found[1]
+    same, skipped, rate, still_skipped = found[0]
+    assert same
+    assert (skipped, still_skipped) == (1, 1)
+    assert rate > 0
+
+
+def test_parameters_that_only_some_processes_use(two):
+    (flat, info, unused), other = (process["routed"] for process in two)
+    assert (flat, info, unused) == other
+    expected, _, unused_by_one = routed(0, 1)
+    torch.testing.assert_close(torch.tensor(flat), torch.tensor(expected))
+    assert unused
+    assert unused_by_one
+
+
+def test_a_process_may_keep_to_itself(two):
+    assert two[0]["alone"] != two[1]["alone"]
+
+
+def test_a_step_without_synchronised_gradients_is_refused(two):
+    assert two[0]["forgetful"]
+    assert two[1]["forgetful"]
 
 
 def test_a_process_that_dies_leaves_the_others_as_they_were():
