@@ -187,7 +187,7 @@ def test_auto_falls_back_to_finite_differences_with_one_warning() -> None:
     assert len(caught) == 1
     torch.testing.assert_close(float(measurement.curvature), 12.0, rtol=1e-8, atol=0)
     assert w.tolist() == [1.0, 2.0]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="OnceDifferentiable is marked"):
         measure(lambda: OnceDifferentiable.apply(w).sum(), [w], u, curvature="hessian")
 
 
@@ -210,6 +210,55 @@ def test_finite_differences_restore_bits_buffers_and_random_state() -> None:
     for (name, found), expected in zip(model.named_buffers(), once.buffers(), strict=True):
         assert torch.equal(found, expected), name
     assert torch.equal(torch.get_rng_state(), after_one_forward)
+
+
+class Interrupted(nn.Sequential):
+    """A network whose second forward pass, the first of finite differences, fails at its end."""
+
+    def __init__(self, *layers: nn.Module, error: BaseException) -> None:
+        super().__init__(*layers)
+        self.error, self.calls = error, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+        return y
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
+def test_an_error_in_a_displaced_evaluation_leaves_no_trace(error: BaseException) -> None:
+    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1)
+    model, x = Interrupted(*layers, error=error), torch.randn(16, 4)
+    once = nn.Sequential(*copy.deepcopy(layers))
+    params, grads = parameters(model), [torch.randn_like(p) for p in model.parameters()]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    copies = [grad.clone() for grad in grads]
+    u = random_like(params)
+    torch.manual_seed(5)
+    once(x)
+    after_one_forward = torch.get_rng_state()
+
+    def closure() -> Tensor:
+        if model.calls:  # what a user's closure may do: it must reach no gradient of the step
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        return model(x).square().mean()
+
+    torch.manual_seed(5)
+    with pytest.raises(type(error)):
+        measure(closure, params, u, curvature="finite_difference")
+    assert model.calls == 2
+    for (name, found), expected in zip(
+        model.state_dict().items(), once.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+    assert torch.equal(torch.get_rng_state(), after_one_forward)
+    for p, grad, values in zip(params, grads, copies, strict=True):
+        assert p.grad is grad
+        assert torch.equal(grad, values)
 
 
 def random_like_without_rng(model: nn.Module) -> list[Tensor]:
