@@ -109,14 +109,23 @@ def gauss_newton_curvature(
     except (torch.OutOfMemoryError, _NotCompositeError):
         raise
     except (RuntimeError, NotImplementedError) as error:
-        say_once(
-            logging.WARNING,
-            "an operation of the model has no forward-mode derivative "
-            f"({first_line(error)}); the Gauss-Newton curvature takes two reverse passes instead",
+        reason = first_line(error)
+    try:
+        with without_trace(params, start), further_differentiable(), torch.enable_grad():
+            outputs, moves = _by_double_backward(composite.model_fn(), params, direction)
+            curvature = _second_derivative(composite, outputs, moves, params)
+    except (RuntimeError, NotImplementedError) as error:
+        error.add_note(
+            'curvature="gauss_newton" needs a model with forward-mode or second derivatives, and a '
+            'loss_fn with second derivatives; "finite_difference" needs first derivatives only'
         )
-    with without_trace(params, start), further_differentiable(), torch.enable_grad():
-        outputs, moves = _by_double_backward(composite.model_fn(), params, direction)
-        return _second_derivative(composite, outputs, moves, params)
+        raise
+    say_once(
+        logging.WARNING,
+        f"an operation of the model has no forward-mode derivative ({reason}); the Gauss-Newton "
+        "curvature takes two reverse passes instead",
+    )
+    return curvature
 
 
 class _NotCompositeError(ValueError):

@@ -130,6 +130,26 @@ def test_matches_a_dense_gauss_newton_matrix_in_forward_mode(
     assert not caplog.records  # no second way was needed
 
 
+def test_a_float32_lstm_has_a_forward_mode_derivative_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    say_once.cache_clear()
+    model = network("lstm")
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    u = random_like(parameters(model))
+    narrow = copy.deepcopy(model).float()
+    torch.manual_seed(3)
+    expected = gauss_newton(lambda: model(x), lambda z: z.square().sum(), parameters(model), u)
+    torch.manual_seed(3)
+    with caplog.at_level(logging.WARNING, logger="cdat_torch"):
+        found = gauss_newton(
+            lambda: narrow(x.float()), lambda z: z.square().sum(), parameters(narrow), u
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert torch.backends.mkldnn.enabled
+
+
 class WithoutJvp(torch.autograd.Function):
     """The cube, without a forward-mode derivative."""
 
@@ -173,8 +193,10 @@ def test_without_forward_mode_two_reverse_passes_give_the_same(
     assert "no forward-mode derivative" in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
     assert int(model[1].num_batches_tracked) == 2
-    with pytest.raises(NotImplementedError, match="Once is marked once_differentiable"):
+    with pytest.raises(NotImplementedError, match="Once is marked once_differentiable") as caught:
         gauss_newton(lambda: Once.apply(model(x)), loss_fn, params, u)
+    assert '"finite_difference" needs first derivatives only' in caught.value.__notes__[0]
+    assert len(caplog.records) == 1
 
 
 def test_on_a_linear_model_it_is_the_hessian() -> None:
