@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 import cdat_core
 from cdat_core import _validation
 from cdat_torch.curvature import LossFn, hvp
+from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.groups import check_params
 from cdat_torch.reevaluation import random_state, without_trace
 from cdat_torch.spaces import TensorListSpace
@@ -84,7 +85,7 @@ def sharpness(
         If an argument is not of the kind described.
     ImportError
         If `progress` is True and neither tqdm nor rich is installed.
-    RuntimeError
+    RuntimeError, NotImplementedError
         If an operation of the loss has no second derivative.
 
     Examples
@@ -318,7 +319,7 @@ def _operator(
     """
     apply = _preconditioner(inverse_sqrt, params)
     with _reporter(progress, total) as report, without_trace(params, random_state(params)):
-        hessian = hvp(loss_fn, params)
+        hessian = hvp(_twice_differentiable(loss_fn), params)
         if apply is not None:
             hessian = cdat_core.preconditioned(hessian, apply, space=TensorListSpace())
 
@@ -328,6 +329,18 @@ def _operator(
             return result
 
         yield product
+
+
+def _twice_differentiable(loss_fn: LossFn) -> LossFn:
+    """Return the loss with a check that double backward would drop no term of it in silence."""
+
+    def checked() -> Tensor:
+        loss = loss_fn()
+        if isinstance(loss, Tensor):  # else the evaluation says what is wrong
+            refuse_once_differentiable(loss)
+        return loss
+
+    return checked
 
 
 def _listed(params: Iterable[Tensor]) -> list[Tensor]:

@@ -241,6 +241,24 @@ def test_batch_norm_and_attention_against_differences_of_gradients() -> None:
     torch.testing.assert_close(product, found.values[0] * flat(list(vector)), rtol=0, atol=1e-7)
 
 
+def test_a_term_without_a_second_derivative_is_not_dropped() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    w = torch.ones(3, requires_grad=True)
+    # Behind a sum PyTorch itself would raise nothing and give half of the Hessian.
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        sharpness(lambda: Square.apply(w).sum() + (w**2).sum(), [w])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(dtype: torch.dtype) -> None:
     problem = Problem()
