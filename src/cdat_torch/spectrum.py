@@ -7,26 +7,22 @@ optimizer, and a progress bar. A call leaves no trace: random state and buffers 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 import cdat_core
 from cdat_core import _validation
 from cdat_torch.curvature import LossFn, hvp
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.groups import check_params
+from cdat_torch.preconditioner import Preconditioner, Vector, inverse_square_root
+from cdat_torch.progress import Progress, reporter
 from cdat_torch.reevaluation import random_state, without_trace
 from cdat_torch.spaces import TensorListSpace
-
-Vector: TypeAlias = Sequence[Tensor]
-Preconditioner: TypeAlias = Callable[[Vector], Vector] | float | Optimizer
-Progress: TypeAlias = bool | Callable[[int, int], object]
 
 WARM_NOISE = 0.1
 """Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
@@ -317,8 +313,8 @@ def _operator(
 
     Buffers are put back at the end and not before: normalisation layers keep them for backward.
     """
-    apply = _preconditioner(inverse_sqrt, params)
-    with _reporter(progress, total) as report, without_trace(params, random_state(params)):
+    apply = inverse_square_root(inverse_sqrt, params)
+    with reporter(progress, total) as report, without_trace(params, random_state(params)):
         hessian = hvp(_twice_differentiable(loss_fn), params)
         if apply is not None:
             hessian = cdat_core.preconditioned(hessian, apply, space=TensorListSpace())
@@ -402,94 +398,3 @@ def _disturbed(vectors: Sequence[Vector], noise: Vector, space: TensorListSpace)
     for vector in vectors:
         total = space.add_scale(total, 1.0, vector)
     return total
-
-
-def _preconditioner(
-    inverse_sqrt: Preconditioner | None, params: list[Tensor]
-) -> Callable[[Vector], Vector] | Any:
-    """Return what `cdat_core.preconditioned` takes; None for no preconditioner."""
-    if isinstance(inverse_sqrt, Optimizer):
-        factors = _adam_factors(inverse_sqrt, params)
-
-        def apply(v: Vector) -> Vector:
-            return [(x * f).to(x.dtype) for x, f in zip(v, factors, strict=True)]
-
-        return apply
-    if inverse_sqrt is None or callable(inverse_sqrt):
-        return inverse_sqrt
-    return _validation.positive("inverse_sqrt", inverse_sqrt)
-
-
-def _adam_factors(optimizer: Optimizer, params: list[Tensor]) -> list[Tensor]:
-    """Return 1 / sqrt(sqrt(v_hat) + eps) from the state of an Adam; 0 where it has none."""
-    adam = getattr(optimizer, "base", optimizer)
-    if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-        msg = (
-            "inverse_sqrt must be a callable, a number, or an Adam or AdamW optimizer, "
-            f"got {type(adam).__name__}; pass a callable v -> P^-1/2 v"
-        )
-        raise TypeError(msg)
-    found: dict[Tensor, Tensor] = {}
-    for group in adam.param_groups:
-        for p in group["params"]:
-            state = adam.state.get(p, {})
-            if "exp_avg_sq" not in state:
-                continue
-            second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-            # bfloat16 has too few digits for a sum with eps.
-            second = second if second.dtype == torch.float64 else second.float()
-            correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-            found[p] = ((second / correction).sqrt() + group["eps"]).rsqrt()
-    if not any(p in found for p in params):
-        msg = (
-            f"inverse_sqrt {type(adam).__name__} holds no second moments of params; "
-            "take a step with it first, and check that it has the same parameters"
-        )
-        raise ValueError(msg)
-    return [found[p] if p in found else torch.zeros_like(p.detach()) for p in params]
-
-
-@contextmanager
-def _reporter(progress: Progress, total: int) -> Iterator[Callable[[], None]]:
-    """Give what is to be called after each of `total` products."""
-    if progress is False or progress is None:
-        yield lambda: None
-    elif callable(progress):
-        done = 0
-
-        def report() -> None:
-            nonlocal done
-            done += 1
-            progress(done, total)
-
-        yield report
-    elif progress is True:
-        with _bar(total) as advance:
-            yield advance
-    else:
-        msg = f"progress must be a bool or a callable progress(done, total), got {progress!r}"
-        raise TypeError(msg)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr: tqdm's, else rich's."""
-    description = "Hessian products"
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        try:
-            rich = importlib.import_module("rich.progress")
-            console = importlib.import_module("rich.console").Console(stderr=True)
-        except ImportError:
-            msg = (
-                "progress=True needs tqdm or rich; install one (pip install tqdm), "
-                "or pass a callable progress(done, total)"
-            )
-            raise ImportError(msg) from None
-        with rich.Progress(console=console) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda: bar.advance(task)
-    else:
-        with tqdm(total=total, desc=description) as bar:
-            yield lambda: bar.update(1)
