@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import cdat_core
+from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
     check_scalar,
@@ -160,6 +161,11 @@ def hvp(
     cdat_core.HessianVectorProduct
         ``v -> H v`` on lists of tensors like `params`.
 
+    Raises
+    ------
+    NotImplementedError
+        If a custom function of the loss is marked ``once_differentiable``.
+
     Examples
     --------
     >>> import torch
@@ -171,6 +177,7 @@ def hvp(
     """
     params = list(params)
     loss = evaluate(loss_fn, "loss_fn", differentiated_twice=True)
+    refuse_once_differentiable(loss)
     grads = gradients(loss, params, create_graph=True)
 
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:

@@ -6,7 +6,9 @@ import os
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -238,3 +240,36 @@ def test_a_step_without_synchronised_gradients_is_refused(two):
 
 def test_a_process_that_dies_leaves_the_others_as_they_were():
     assert run(2, dying, survivors={0}) == [True]
+
+
+def saving(rank, size, folder):
+    model, optimizer, closure = continued(rank, size)
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(parts, checkpoint_id=folder)
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    return numbers(model, optimizer)
+
+
+def continued(rank, size):
+    model, x, y = problem()
+    optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.0)
+    part = share(x, rank, size), share(y, rank, size)
+    return model, optimizer, lambda: F.cross_entropy(model(part[0]), part[1])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path):
+    found = run(2, saving, str(tmp_path))
+    model, optimizer, closure = continued(0, 1)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(parts, checkpoint_id=tmp_path)
+    set_state_dict(
+        model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"]
+    )
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    flat, _ = numbers(model, optimizer)
+    torch.testing.assert_close(torch.tensor(flat), torch.tensor(found[0][0]), rtol=1e-9, atol=1e-12)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
@@ -150,3 +152,28 @@ def test_a_spoilt_state_is_refused_and_nothing_changes(spoil) -> None:  # type: 
     assert after["param_groups"] == before["param_groups"]
     torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
     optimizer.load_state_dict(before)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_distributed_checkpointing_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """It creates the state of a new optimizer by a step with zero gradients at rate 0."""
+    x = torch.randn(8, 3)
+
+    def run(model, optimizer):  # type: ignore[no-untyped-def]
+        return [float(optimizer.step(lambda: model(x).square().mean())) for _ in range(5)]
+
+    model, optimizer = make(tuners.cdat(1.0))
+    run(model, optimizer)
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(saved, checkpoint_id=tmp_path)
+    expected = run(model, optimizer)
+
+    again, other = make(tuners.cdat(1.0))
+    before = [p.detach().clone() for p in again.parameters()]
+    blank = dict(zip(("model", "optimizer"), get_state_dict(again, other), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), before, strict=True))
+    dcp.load(blank, checkpoint_id=tmp_path)
+    set_state_dict(
+        again, other, model_state_dict=blank["model"], optim_state_dict=blank["optimizer"]
+    )
+    assert run(again, other) == expected

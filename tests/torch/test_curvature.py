@@ -303,3 +303,10 @@ def test_bad_arguments_are_named() -> None:
         measure(lambda: w.sum(), [w], [torch.ones(2)] * 2)
     with pytest.raises(ValueError, match="at least one tensor that requires grad"):
         measure(lambda: w.sum(), [torch.ones(2)], [torch.ones(2)])
+
+
+def test_the_product_refuses_what_it_would_silently_drop() -> None:
+    """Behind a linear loss PyTorch raises nothing for a once-differentiable function."""
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        hvp(lambda: OnceDifferentiable.apply(w).sum(), [w])
