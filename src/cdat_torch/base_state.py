@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdat_torch.sharding import local
+
 
 class SavedState:
     """A copy of ``base.state``; the base steps before the curvature along its step is known."""
@@ -45,6 +47,7 @@ class SavedState:
             for name, value in saved.items():
                 now = base.state[p].get(name)
                 if isinstance(value, Tensor) and isinstance(now, Tensor):
+                    now, value = local(now), local(value)  # noqa: PLW2901
                     now.copy_(torch.where(skip.to(now.device), value, now))
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from cdat_torch.sharding import local
+
 _KEY = "tuner"
 
 
@@ -90,7 +92,7 @@ def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
         for name, value in state.items():
             where = f"state_dict['state'][{index}][{name!r}]"
             if isinstance(value, str) or (
-                isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all())
+                isinstance(value, torch.Tensor) and not bool(torch.isfinite(local(value)).all())
             ):
                 msg = f"{where} must be finite numbers, got {value!r}"
                 raise ValueError(msg)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.differentiation import LossFn, evaluate, gradients
-from cdat_torch.losses import ClosureLoss
+from cdat_torch.differentiation import LossFn, differentiate, evaluate
+from cdat_torch.fully_sharded import scattered
+from cdat_torch.losses import ClosureLoss, Gradient
 from cdat_torch.methods import method_named
 from cdat_torch.reevaluation import random_state
 from cdat_torch.spaces import scalar_dtype
@@ -75,11 +76,13 @@ def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> 
     start = random_state(params)
     loss = evaluate_closure(closure, params, differentiated_twice=twice)
     with torch.enable_grad():
-        grads = gradients(loss, params, create_graph=twice)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = None if g is None else g.detach()
-    pairs = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-    return ClosureLoss(closure, start, loss, [p for p, _ in pairs], [g for _, g in pairs])
+        variables, grads = differentiate(loss, params, create_graph=twice)
+    for p, g in zip(params, scattered(params, variables, grads), strict=True):
+        p.grad = g
+    found = [(p, v, g) for p, v, g in zip(params, variables, grads, strict=True) if g is not None]
+    return ClosureLoss(
+        closure, start, loss, Gradient(*(list(column) for column in zip(*found, strict=True)))
+    )
 
 
 def refuse_grad_scaler() -> None:

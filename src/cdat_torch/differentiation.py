@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdat_torch import fully_sharded
 from cdat_torch.differentiability import further_differentiable, is_reentrant_checkpoint
+from cdat_torch.sharding import laid_out_like
 
 LossFn = Callable[[], Tensor]
 
@@ -44,6 +46,34 @@ def check_scalar(loss: Any, argument: str) -> None:
         raise ValueError(msg)
 
 
+def differentiate(
+    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, sync: bool = True
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """Return the tensors the model computed with, and the gradient with respect to them.
+
+    They are `params` themselves, unless modules under ``fully_shard`` had to gather theirs for a
+    gradient with a graph; `cdat_torch.fully_sharded.release` lets go of them.
+
+    Parameters
+    ----------
+    loss : Tensor
+        The loss of this process.
+    params : sequence of Tensor
+        The parameters.
+    create_graph : bool
+        Whether the gradient is to be differentiated again.
+    sync : bool
+        Only for modules under ``fully_shard`` and a gradient without a graph: see
+        `cdat_torch.fully_sharded.backward`.
+    """
+    if not fully_sharded.modules_of(params):
+        return list(params), gradients(loss, params, create_graph=create_graph)
+    if not create_graph:
+        return list(params), _checked(fully_sharded.backward(loss, params, sync=sync), sync)
+    whole = fully_sharded.gathered(params)
+    return whole, gradients(loss, whole, create_graph=True)
+
+
 def gradients(
     loss: Tensor, params: Sequence[Tensor], *, create_graph: bool
 ) -> tuple[Tensor | None, ...]:
@@ -65,11 +95,19 @@ def gradients(
             "loss.backward() alone; pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
         )
         raise RuntimeError(msg) from error
-    if all(g is None for g in found):
+    with torch.set_grad_enabled(create_graph):
+        by_param = {
+            p: None if g is None else laid_out_like(g, p)
+            for p, g in zip(trainable, found, strict=True)
+        }
+    return _checked([by_param.get(p) for p in params])
+
+
+def _checked(grads: Sequence[Tensor | None], known: bool = True) -> tuple[Tensor | None, ...]:
+    if known and all(g is None for g in grads):
         msg = "the loss does not depend on any of the params; is this the right model?"
         raise ValueError(msg)
-    by_param = dict(zip(trainable, found, strict=True))
-    return tuple(by_param.get(p) for p in params)
+    return tuple(grads)
 
 
 def vector_jacobian(
@@ -80,7 +118,11 @@ def vector_jacobian(
     retain_graph: bool = False,
 ) -> list[Tensor]:
     """Return the derivative of ``sum <output_i, vector_i>`` with respect to `inputs`."""
-    pairs = [(y, v.to(y.dtype)) for y, v in zip(outputs, vectors, strict=True) if y.requires_grad]
+    pairs = [
+        (y, laid_out_like(v.to(y.dtype), y))
+        for y, v in zip(outputs, vectors, strict=True)
+        if y.requires_grad
+    ]
     trainable = [x for x in inputs if x.requires_grad]
     if not pairs or not trainable:  # what is differentiated is constant
         return [torch.zeros_like(x) for x in inputs]
@@ -94,4 +136,7 @@ def vector_jacobian(
         )
     by_input = dict(zip(trainable, found, strict=True))
     products = [by_input.get(x) for x in inputs]
-    return [torch.zeros_like(x) if h is None else h for h, x in zip(products, inputs, strict=True)]
+    return [
+        torch.zeros_like(x) if h is None else laid_out_like(h, x)
+        for h, x in zip(products, inputs, strict=True)
+    ]

@@ -4,6 +4,8 @@ Each process differentiates the loss of its own part of the batch. Gradients, lo
 curvature are then averaged, so that all processes take the same step bit for bit. Everything is
 linear in the loss, so means of the parts are those of the whole; absolute values and maxima come
 after the mean. A value that is not finite in one process is not finite in the mean, and all skip.
+
+Gradients of parameters that are sharded over the very processes of the group are means already.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cdat_torch.sharding import is_sharded, local, processes_of
 
 
 class Replicas:
@@ -47,6 +51,7 @@ class Replicas:
         """
         if self.size == 1:
             return value
+        params = [p for p in params if not self._holds_all_of(p)]
         present = torch.tensor([float(p.grad is not None) for p in params], dtype=torch.float64)
         numbers = torch.cat([value.reshape(1), present.to(value.device)])
         torch.distributed.all_reduce(numbers, group=self._group)
@@ -57,25 +62,56 @@ class Replicas:
             torch.distributed.all_reduce(flat, group=self._group)
             flat.div_(self.size)
             # New tensors: the present ones belong to the graph of the curvature.
-            for p, piece in zip(part, torch.split(flat, [p.numel() for p in part]), strict=True):
-                p.grad = piece.view_as(p)
+            sizes = [local(p).numel() for p in part]
+            for p, piece in zip(part, torch.split(flat, sizes), strict=True):
+                p.grad = _like(p, piece)
         return numbers[0] / self.size
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Raise a ValueError if a sharded parameter does not suit the group."""
+        for p in params:
+            if self.size > 1 and is_sharded(p):
+                self._holds_all_of(p)
+
+    def _holds_all_of(self, p: Tensor) -> bool:
+        """Return whether what is to be averaged over the group is shared by the parameter."""
+        if not is_sharded(p):
+            return False
+        group = frozenset(torch.distributed.get_process_group_ranks(self._group))
+        mesh = processes_of(p)
+        if group <= mesh:
+            return True
+        if len(group & mesh) == 1:
+            return False
+        msg = (
+            "process_group must be the processes that hold copies of the model: one of the params "
+            f"is spread over ranks {sorted(mesh)}, which the group {sorted(group)} overlaps; for "
+            "tensor and data parallel together pass the group of the data parallel mesh"
+        )
+        raise ValueError(msg)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group, which no other process knows."""
         return {"size": self.size, "_group": None if self._group is not False else False}
 
 
-def refuse_sharded(params: Sequence[Tensor]) -> None:
-    """Raise a ValueError for parameters that are spread over processes (DTensor)."""
-    for p in params:
-        if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor"):
-            msg = (
-                "params must be whole in each process, got a DTensor: sharded parameters (FSDP2, "
-                "tensor parallel) are not supported yet; use DistributedDataParallel"
-            )
-            raise ValueError(msg)
-
-
 def _flat_gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)
+    return local(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
+
+
+def _like(p: Tensor, part: Tensor) -> Tensor:
+    """Return a gradient of `p` whose part in this process is `part`, flattened."""
+    part = part.view_as(local(p))
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = p
+    return DTensor.from_local(
+        part,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )

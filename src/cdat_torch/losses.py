@@ -8,16 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from cdat_torch.curvature import directional_curvature
 from cdat_torch.differentiability import refuse_once_differentiable
-from cdat_torch.differentiation import LossFn, check_scalar, gradients, vector_jacobian
+from cdat_torch.differentiation import LossFn, check_scalar, differentiate, vector_jacobian
+from cdat_torch.fully_sharded import gathered, scattered, spread_out
 from cdat_torch.reevaluation import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
+
+
+Direction: TypeAlias = dict[Tensor, Tensor]
+"""u by variable; the variables are what the loss was differentiated with respect to."""
+
+
+class Gradient(NamedTuple):
+    """The gradient of one loss.
+
+    Attributes
+    ----------
+    params : list of Tensor
+        The parameters of the optimizer.
+    variables : list of Tensor
+        What the loss was computed with: the same tensors, or what modules gathered from them.
+    grads : list of Tensor
+        With respect to `variables`.
+    """
+
+    params: list[Tensor]
+    variables: list[Tensor]
+    grads: list[Tensor]
+
+    def along(self, direction: Direction) -> Direction:
+        """Return u, given by parameter, by variable."""
+        if not any(v is not p for v, p in zip(self.variables, self.params, strict=True)):
+            return direction
+        gathered(self.params)
+        u = spread_out([direction[p] for p in self.params], self.variables)
+        return dict(zip(self.variables, u, strict=True))
+
+    def slope(self, along: Direction) -> Tensor:
+        """Return <g, u>."""
+        u = [along[v] for v in self.variables]
+        return TensorListSpace().vdot([g.detach() for g in self.grads], u)
 
 
 class StepLoss(Protocol):
@@ -28,11 +64,15 @@ class StepLoss(Protocol):
         """The loss, a 0-d tensor; None if it is not known."""
         ...
 
-    def slope(self, direction: dict[Tensor, Tensor]) -> Tensor:
+    def along(self, direction: Direction) -> Direction:
+        """Return u, given by parameter of the optimizer, as `slope` and `curvature` take it."""
+        ...
+
+    def slope(self, along: Direction) -> Tensor:
         """Return <g, u>, with the gradient as it was before any clipping."""
         ...
 
-    def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
+    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
         ...
 
@@ -41,36 +81,37 @@ class StepLoss(Protocol):
 class ClosureLoss:
     """A loss that can be evaluated again.
 
-    `grads` carry their graph if the curvature is to be measured exactly. `start` is the random
+    `gradient` carries its graph if the curvature is to be measured exactly. `start` is the random
     state from which the closure was evaluated.
     """
 
     closure: LossFn
     start: RandomState
     loss: Tensor
-    params: list[Tensor]
-    grads: list[Tensor]
+    gradient: Gradient
 
     @property
     def value(self) -> Tensor:
         """The loss."""
         return _value(self.loss)
 
-    def slope(self, direction: dict[Tensor, Tensor]) -> Tensor:
-        """Return <g, u>."""
-        u = [direction[p] for p in self.params]
-        return TensorListSpace().vdot([g.detach() for g in self.grads], u)
+    def along(self, direction: Direction) -> Direction:
+        """Return u by variable."""
+        return self.gradient.along(direction)
 
-    def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
+    def slope(self, along: Direction) -> Tensor:
+        """Return <g, u>."""
+        return self.gradient.slope(along)
+
+    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
-        u = [direction[p] for p in self.params]
         with torch.enable_grad():
             return directional_curvature(
                 self.closure,
                 self.loss,
-                self.grads,
-                self.params,
-                u,
+                self.gradient.grads,
+                self.gradient.variables,
+                [along[v] for v in self.gradient.variables],
                 method=method,
                 start=self.start,
             )
@@ -78,8 +119,7 @@ class ClosureLoss:
 
 class _Record(NamedTuple):
     loss: Tensor
-    params: list[Tensor]
-    grads: list[Tensor]
+    gradient: Gradient
     scale: Tensor | None
 
 
@@ -110,7 +150,13 @@ class MicroBatches:
         self._value, self.reduced = mean, True
 
     def add(
-        self, loss: Any, params: Sequence[Tensor], *, create_graph: bool, scaler: Any = None
+        self,
+        loss: Any,
+        params: Sequence[Tensor],
+        *,
+        create_graph: bool,
+        scaler: Any = None,
+        sync: bool = True,
     ) -> None:
         """Add the gradient of `loss` to ``p.grad`` and keep what the measurement needs."""
         check_scalar(loss, "loss")
@@ -120,41 +166,51 @@ class MicroBatches:
         scale = None if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
         with torch.enable_grad():
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
-            found = gradients(scaled, params, create_graph=create_graph)
-        pairs = [(p, g) for p, g in zip(params, found, strict=True) if g is not None]
+            variables, found = differentiate(scaled, params, create_graph=create_graph, sync=sync)
         with torch.no_grad():
-            for p, g in pairs:
-                # A copy: what clips p.grad must not reach into the graph of g.
-                p.grad = g.detach().clone() if p.grad is None else p.grad.add_(g.detach())
+            for p, shared in zip(params, scattered(params, variables, found), strict=True):
+                if shared is not None:
+                    # A copy: what clips p.grad must not reach into the graph of the gradient.
+                    p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)
             self._value = _value(loss) if self._value is None else self._value + _value(loss)
-        kept = [g if create_graph else g.detach() for _, g in pairs]
+        gradient = Gradient([], [], [])
+        for p, v, g in zip(params, variables, found, strict=True):
+            if g is not None:
+                gradient.params.append(p)
+                gradient.variables.append(v)
+                gradient.grads.append(g if create_graph else g.detach())
         root = scaled if create_graph else scaled.detach()
-        self._records.append(_Record(root, [p for p, _ in pairs], kept, scale))
+        self._records.append(_Record(root, gradient, scale))
 
-    def slope(self, direction: dict[Tensor, Tensor]) -> Tensor:
+    def along(self, direction: Direction) -> Direction:
+        """Return u by variable."""
+        records = [record.gradient for record in self._records]
+        return {v: u for gradient in records for v, u in gradient.along(direction).items()}
+
+    def slope(self, along: Direction) -> Tensor:
         """Return the sum of the <g, u> of all losses."""
-        space = TensorListSpace()
         parts = []
         for record in self._records:
-            u = [direction[p] for p in record.params]
-            part = space.vdot([g.detach() for g in record.grads], u)
-            parts.append(part if record.scale is None else part / record.scale.to(part))
+            if record.gradient.grads:
+                part = record.gradient.slope(along)
+                parts.append(part if record.scale is None else part / record.scale.to(part))
         return torch.stack(parts).sum()
 
-    def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
+    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return the sum of the <u, H u> of all losses; a graph that they share is freed once."""
-        params = list(dict.fromkeys(p for record in self._records for p in record.params))
+        gradients = [record.gradient for record in self._records]
+        variables = list(dict.fromkeys(v for gradient in gradients for v in gradient.variables))
         outputs, vectors = [], []
         for record in self._records:
-            for p, g in zip(record.params, record.grads, strict=True):
-                u = direction[p]
+            for v, g in zip(record.gradient.variables, record.gradient.grads, strict=True):
+                u = along[v]
                 outputs.append(g)
                 vectors.append(u if record.scale is None else u / record.scale.to(u))
         try:
             for record in self._records:
                 refuse_once_differentiable(record.loss)
             with torch.enable_grad():
-                product = vector_jacobian(outputs, params, vectors)
+                product = vector_jacobian(outputs, variables, vectors)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -164,7 +220,7 @@ class MicroBatches:
                 "to step() instead"
             )
             raise RuntimeError(msg) from error
-        return TensorListSpace().vdot([direction[p] for p in params], product), method
+        return TensorListSpace().vdot([along[v] for v in variables], product), method
 
 
 @dataclass
@@ -178,12 +234,16 @@ class PlainGradient:
         """Not known."""
         return
 
-    def slope(self, direction: dict[Tensor, Tensor]) -> Tensor:
+    def along(self, direction: Direction) -> Direction:
+        """Return u as it is."""
+        return direction
+
+    def slope(self, along: Direction) -> Tensor:
         """Return <g, u>."""
-        pairs = [(p.grad, direction[p]) for p in self.params if p.grad is not None]
+        pairs = [(p.grad, along[p]) for p in self.params if p.grad is not None]
         return TensorListSpace().vdot([g for g, _ in pairs], [u for _, u in pairs])
 
-    def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
+    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Raise: there is no graph."""
         msg = f"no curvature ({method}) without a loss"
         raise NotImplementedError(msg)

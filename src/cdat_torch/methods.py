@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cdat_core
 from cdat_torch.differentiability import refuse_once_differentiable
-from cdat_torch.differentiation import LossFn, evaluate, gradients, vector_jacobian
+from cdat_torch.differentiation import LossFn, differentiate, evaluate, vector_jacobian
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
 from cdat_torch.reevaluation import RandomState, moved, without_trace
 from cdat_torch.spaces import TensorListSpace
@@ -111,7 +111,7 @@ class FiniteDifference:
         def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
             with moved(params, values), without_trace(params, point.start):
                 loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
-                found = gradients(loss, params, create_graph=False)
+                _, found = differentiate(loss, params, create_graph=False)
             return [
                 torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)
             ]

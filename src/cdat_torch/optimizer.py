@@ -21,7 +21,8 @@ from cdat_torch import checkpoint
 from cdat_torch.base_state import SavedState
 from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
-from cdat_torch.distributed import Replicas, refuse_sharded
+from cdat_torch.distributed import Replicas
+from cdat_torch.fully_sharded import modules_of, release
 from cdat_torch.groups import (
     adopt,
     check_base,
@@ -33,6 +34,7 @@ from cdat_torch.groups import (
 )
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
 from cdat_torch.rules import SearchRule, TunerRule, rule
+from cdat_torch.sharding import all_agree, locals_of
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
 
@@ -118,8 +120,16 @@ class TunedOptimizer(Optimizer):
         process_group: Any = None,
     ) -> None:
         check_base(base)
-        refuse_sharded([p for group in base.param_groups for p in group["params"]])
-        first = base.param_groups[0]["params"][0]
+        params = [p for group in base.param_groups for p in group["params"]]
+        replicas = Replicas(process_group)
+        replicas.check(params)
+        if curvature == "gauss_newton" and modules_of(params):
+            msg = (
+                'curvature must not be "gauss_newton" for modules under fully_shard, which have no '
+                'forward-mode derivative; use "auto" or "finite_difference"'
+            )
+            raise ValueError(msg)
+        first = params[0]
         zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
         self._rule: TunerRule | SearchRule = rule(
             tuner_or_search, zero, curvature=curvature, every=every
@@ -137,7 +147,7 @@ class TunedOptimizer(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.int32, device=first.device)
         self._consecutive = torch.zeros_like(self._skipped)
         self._micro_batches = MicroBatches()
-        self._replicas = Replicas(process_group)
+        self._replicas = replicas
         self.last: StepInfo | None = None
         for group, weight in zip(base.param_groups, multipliers, strict=True):
             adopt(group, weight, zero)
@@ -251,7 +261,7 @@ class TunedOptimizer(Optimizer):
             raise ValueError(msg)
         params = self._trainable()
         batches = self._micro_batches
-        batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler)
+        batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync)
         batches.reduced = self._replicas.size == 1
         if sync and not batches.reduced:
             assert batches.value is not None
@@ -298,6 +308,7 @@ class TunedOptimizer(Optimizer):
             return value
         finally:
             self._micro_batches = MicroBatches()
+            release(self._trainable())
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -333,7 +344,8 @@ class TunedOptimizer(Optimizer):
             value = self._replicas.average_gradients(self._trainable(), evaluation.value)
         params = [p for p in self._trainable() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        if not all_finite([*([] if value is None else [value]), *grads]):
+        finite = all_finite([*([] if value is None else [value]), *locals_of(grads)])
+        if not all_agree(finite, grads):
             self._rule.miss()
             self._conclude(value, None, None, torch.zeros_like(self._rate), skip=True)
             return value
@@ -341,22 +353,23 @@ class TunedOptimizer(Optimizer):
         saved = SavedState(self.base) if self._rule.measures else None
         try:
             direction = base_direction(self.base, params)
+            step = locals_of(direction)  # what is done in place is done to these
             weights, factors = weights_and_factors(self.param_groups, params)
-            scale_in_place(direction, weights)
+            scale_in_place(step, weights)
             if self._rule.along_step:
-                scale_in_place(direction, factors)
+                scale_in_place(step, factors)
             rate, skip, slope, curvature = self._rule.choose(
                 evaluation, value, params, direction, present=self._rate, replicas=self._replicas
             )
             if not self._rule.along_step:
-                scale_in_place(direction, factors)
+                scale_in_place(step, factors)
         except BaseException:
             if saved is not None:
                 saved.restore(self.base)
             raise
         if saved is not None:
             saved.restore_where(self.base, skip)
-        move(params, direction, rate, skip=skip)
+        move(locals_of(params), step, rate, skip=skip)
         self._conclude(value, slope, curvature, rate, skip=skip)
         return value
 

@@ -20,6 +20,7 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cdat_torch.differentiability import eager
+from cdat_torch.fully_sharded import release
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
 
@@ -111,4 +112,5 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(params, values, strict=True):
             p.copy_(value)
-    torch.clear_autocast_cache()  # it holds low-precision copies of parameters
+    release(params)  # modules may hold gathered copies, autocast some in low precision
+    torch.clear_autocast_cache()

@@ -109,7 +109,7 @@ class TunerRule:
         replicas : Replicas
             The other processes.
         """
-        along = dict(zip(params, direction, strict=True))
+        along = evaluation.along(dict(zip(params, direction, strict=True)))
         slope = evaluation.slope(along)
         if self._needs_curvature and not self.measures:
             (slope,) = replicas.mean([slope])
@@ -170,7 +170,8 @@ class SearchRule:
         """Try steps along the direction until the search is done; see `TunerRule.choose`."""
         assert isinstance(evaluation, ClosureLoss)
         space = TensorListSpace()
-        (slope,) = replicas.mean([evaluation.slope(dict(zip(params, direction, strict=True)))])
+        along = evaluation.along(dict(zip(params, direction, strict=True)))
+        (slope,) = replicas.mean([evaluation.slope(along)])
         here = [p.detach().clone() for p in params]
         trial = self._search.init(Measurement(value, slope, None), present, present)
         while not bool(trial.done):

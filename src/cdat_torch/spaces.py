@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdat_torch.sharding import laid_out_like, local, settled, sum_over_shards
+
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which scalars are kept on `device`: float64 where it exists."""
@@ -21,7 +23,8 @@ class TensorListSpace:
 
     Inner products accumulate in float32 or wider within a tensor and in float64 over the tensors
     (float32 on devices without it). They live on the device of the first tensor; nothing is
-    flattened and nothing waits for the device.
+    flattened and nothing waits for the device. Those of DTensors are of the whole tensors: all
+    processes of their mesh take part.
     """
 
     def vdot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
@@ -36,16 +39,16 @@ class TensorListSpace:
             msg = "x must hold at least one tensor, got an empty sequence"
             raise ValueError(msg)
         device = x[0].device
-        total = torch.zeros((), dtype=scalar_dtype(device), device=device)
+        zero = torch.zeros((), dtype=scalar_dtype(device), device=device)
+        parts, x = [], [settled(a) for a in x]
         for a, b in zip(x, y, strict=True):
             if a.shape != b.shape:
                 msg = f"x and y must hold tensors of the same shape, got {a.shape} and {b.shape}"
                 raise ValueError(msg)
-            product = _widened(a).conj() * _widened(b)
+            product = _widened(local(a)).conj() * _widened(local(laid_out_like(b, a)))
             # torch sums pairwise, so float32 suffices within a tensor; the totals are wider.
-            part = (product.real if product.is_complex() else product).sum()
-            total = total + part.to(total)
-        return total
+            parts.append((product.real if product.is_complex() else product).sum().to(zero))
+        return sum_over_shards(parts, x)
 
     def scale(self, a: Any, x: Sequence[Tensor]) -> list[Tensor]:
         """Return ``a * x``, each tensor in its own dtype and device."""

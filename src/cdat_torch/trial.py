@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from cdat_torch.differentiation import LossFn, check_scalar, gradients
+from cdat_torch.differentiation import LossFn, check_scalar, differentiate
 from cdat_torch.reevaluation import RandomState, moved, without_trace
 from cdat_torch.spaces import TensorListSpace
 
@@ -44,7 +44,7 @@ def evaluate_trial(
         check_scalar(loss, "closure")
         if not with_slope:
             return (loss.detach(),)
-        grads = gradients(loss, params, create_graph=False)  # before the parameters move back
+        _, grads = differentiate(loss, params, create_graph=False)  # before the parameters move back
     pairs = [(g, u) for g, u in zip(grads, direction, strict=True) if g is not None]
     slope = TensorListSpace().vdot([g for g, _ in pairs], [u for _, u in pairs])
     return loss.detach(), slope
