@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cdat_torch import tensor_parallel
+
 logger = logging.getLogger("cdat_torch")
 
 
@@ -64,9 +66,10 @@ def _other_kernels() -> Iterator[None]:
     The names under which the layers of PyTorch call them are bound anew. A mode of torch functions
     would not reach the forward passes that activation checkpointing repeats in the backward.
     """
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACEMENTS]
+    replacements = [*_REPLACEMENTS, *tensor_parallel.replacements()]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     try:
-        for owner, name, function in _REPLACEMENTS:
+        for owner, name, function in replacements:
             setattr(owner, name, function)
         yield
     finally:
@@ -129,6 +132,9 @@ def refuse_once_differentiable(loss: Tensor) -> None:
     for node in nodes(loss):
         if isinstance(node, BackwardCFunction):
             function: Any = getattr(node, "_forward_cls", None)
+            reason = tensor_parallel.reason_against(function, node)
+            if reason is not None:
+                raise NotImplementedError(reason)
             backward = getattr(function, "backward", None)
             while backward is not None:
                 if getattr(backward, "__code__", None) is _ONCE:

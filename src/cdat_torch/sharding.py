@@ -65,7 +65,8 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
         if not is_sharded(tensor):
             total = total + part
             continue
-        dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+        # Not is_shard, which is false for the strided shards of FSDP with tensor parallelism.
+        dims = tuple(i for i, placed in enumerate(tensor.placements) if not placed.is_replicate())
         mesh = tensor.device_mesh
         _, before = spread.get((mesh, dims), (mesh, torch.zeros_like(part)))
         spread[mesh, dims] = mesh, before + part
