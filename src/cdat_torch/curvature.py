@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 import cdat_core
+from cdat_torch import fully_sharded
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
     check_scalar,
+    differentiate,
     evaluate,
     gradients,
     vector_jacobian,
@@ -112,6 +114,9 @@ def measure(
     A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
     ``jvp`` or a differentiable backward for "gauss_newton". Where its backward is marked
     ``once_differentiable`` that is noticed; a backward that computes with detached tensors is not.
+    Of parameters that are sharded over processes (DTensors) `direction` has the layout. All of the
+    processes call this, and get the same numbers: under ``fully_shard`` the means of their losses.
+
     For ``Embedding(padding_idx=...)`` the direction must be zero in the padding row, as that of
     every ``torch.optim`` optimizer is while the row itself is zero.
 
@@ -131,14 +136,19 @@ def measure(
     space = TensorListSpace()
     start = random_state(params)
     twice = differentiated_twice(curvature)
-    loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
-    grads = gradients(loss, params, create_graph=twice)
-    present = [i for i, g in enumerate(grads) if g is not None]
-    w, u = [params[i] for i in present], [direction[i] for i in present]
-    g = [grad for grad in grads if grad is not None]
-    slope = space.vdot([grad.detach() for grad in g], u)
-    second, _ = directional_curvature(loss_fn, loss, g, w, u, method=curvature, start=start)
-    return cdat_core.Measurement(loss.detach().to(slope), slope, second)
+    try:
+        loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
+        variables, grads = differentiate(loss, params, create_graph=twice)
+        direction = fully_sharded.spread_out(direction, variables)
+        present = [i for i, g in enumerate(grads) if g is not None]
+        w, u = [variables[i] for i in present], [direction[i] for i in present]
+        g = [grad for grad in grads if grad is not None]
+        slope = space.vdot([grad.detach() for grad in g], u)
+        second, _ = directional_curvature(loss_fn, loss, g, w, u, method=curvature, start=start)
+        value = loss.detach().to(slope)
+        return cdat_core.Measurement(*fully_sharded.means(params, [value, slope, second]))
+    finally:
+        fully_sharded.release(params)
 
 
 def hvp(
@@ -147,7 +157,8 @@ def hvp(
     """Return the Hessian-vector product of the loss at the present parameters.
 
     The loss is evaluated once; each product is one reverse pass through the graph of its gradient,
-    which lives as long as the returned callable.
+    which lives as long as the returned callable. Modules under ``fully_shard`` stay gathered until
+    a backward pass or their ``reshard()``.
 
     Parameters
     ----------
@@ -178,14 +189,15 @@ def hvp(
     params = list(params)
     loss = evaluate(loss_fn, "loss_fn", differentiated_twice=True)
     refuse_once_differentiable(loss)
-    grads = gradients(loss, params, create_graph=True)
+    variables, grads = differentiate(loss, params, create_graph=True)
 
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
-        v = list(v)
-        _check_direction(params, v)
+        _check_direction(params, list(v))
+        v = fully_sharded.spread_out(v, variables)
         pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None]
         outputs, vectors = [g for g, _ in pairs], [x for _, x in pairs]
-        return vector_jacobian(outputs, params, vectors, retain_graph=True)
+        result = vector_jacobian(outputs, variables, vectors, retain_graph=True)
+        return [h for h in fully_sharded.scattered(params, variables, result) if h is not None]
 
     return product
 

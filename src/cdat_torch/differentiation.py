@@ -84,7 +84,7 @@ def gradients(
         raise ValueError(msg)
     try:
         with further_differentiable() if create_graph else nullcontext():
-            found = torch.autograd.grad(
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss, trainable, create_graph=create_graph, allow_unused=True
             )
     except RuntimeError as error:

@@ -162,6 +162,19 @@ def scattered(
     return result
 
 
+def means(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
+    """Return the means of 0-d tensors over the processes that share `params`."""
+    if not modules_of(params):
+        return list(scalars)
+    meshes: list[Any] = [p.device_mesh for p in params if p in _HOMES]  # type: ignore[attr-defined]
+    mesh = max(meshes, key=lambda mesh: mesh.ndim)
+    together = torch.stack(list(scalars))
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(together, group=mesh.get_group(dim))
+        together = together / mesh.size(dim)
+    return list(together.unbind())
+
+
 def spread_out(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
     """Return a direction laid out like the parameters in the layout of the gathered ones."""
     from torch.distributed.tensor import DTensor, Replicate

@@ -225,6 +225,7 @@ class TunedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what `backward` has gathered for a step that did not come."""
         self._micro_batches = MicroBatches()
+        release(self._trainable())
         super().zero_grad(set_to_none)
 
     def backward(self, loss: Tensor, *, scaler: Any = None, sync: bool = True) -> None:
@@ -261,7 +262,10 @@ class TunedOptimizer(Optimizer):
             raise ValueError(msg)
         params = self._trainable()
         batches = self._micro_batches
-        batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync)
+        try:
+            batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync)
+        finally:
+            release(params)  # so that model.parameters() has the gradients, for clipping
         batches.reduced = self._replicas.size == 1
         if sync and not batches.reduced:
             assert batches.value is not None

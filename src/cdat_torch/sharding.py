@@ -34,22 +34,20 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def laid_out_like(tensor: Any, like: Any) -> Tensor:
     """Return a DTensor in the placements of another one, differentiably; others as they are."""
-    if not is_sharded(tensor) or tensor.placements == like.placements:
-        result: Tensor = tensor
-    else:
-        result = tensor.redistribute(placements=like.placements)
+    if is_sharded(tensor) and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    result: Tensor = tensor
     return result
 
 
 def settled(tensor: Any) -> Tensor:
     """Return a DTensor whose parts still have to be summed as that sum; others as they are."""
-    if not is_sharded(tensor) or not any(p.is_partial() for p in tensor.placements):
-        result: Tensor = tensor
-        return result
-    from torch.distributed.tensor import Replicate
+    if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):
+        from torch.distributed.tensor import Replicate
 
-    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
-    result = tensor.redistribute(placements=placements)
+        placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
+        tensor = tensor.redistribute(placements=placements)
+    result: Tensor = tensor
     return result
 
 
