@@ -20,7 +20,6 @@ from cdat_torch.fully_sharded import gathered, scattered, spread_out
 from cdat_torch.reevaluation import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
-
 Direction: TypeAlias = dict[Tensor, Tensor]
 """u by variable; the variables are what the loss was differentiated with respect to."""
 
