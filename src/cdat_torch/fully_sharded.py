@@ -103,13 +103,13 @@ def gathered(params: Sequence[Tensor]) -> list[Tensor]:
             _KEPT[module] = getattr(group, "reshard_after_backward", True)
             module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
-    return [p if (home := _HOMES.get(p)) is None else _present(home, p) for p in params]
+    return [p if (home := _HOMES.get(p)) is None else _present(home) for p in params]
 
 
-def _present(home: _Home, p: Tensor) -> Tensor:
+def _present(home: _Home) -> Tensor:
     owner = home.owner()
     found: Tensor | None = None if owner is None else owner._parameters[home.name]
-    assert found is not None
+    assert found is not None, "a module under fully_shard was deleted in the middle of a step"
     return found
 
 
