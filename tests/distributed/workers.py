@@ -54,7 +54,7 @@ def run(size: int, worker: Worker, *args: Any, survivors: set[int] | None = None
     try:
         while expected - set(results):
             try:
-                rank, result, error = out.get(timeout=120)
+                rank, result, error = out.get(timeout=400)
             except queue.Empty:
                 raise AssertionError(f"ranks {expected - set(results)} did not answer") from None
             assert error is None, f"rank {rank}:\n{error}"
