@@ -51,15 +51,26 @@ class Replicas:
         numbers = torch.cat([value.reshape(1), present.to(value.device)])
         torch.distributed.all_reduce(numbers, group=self._group)
         used = [p for p, n in zip(params, numbers[1:].tolist(), strict=True) if n > 0]
-        for dtype in dict.fromkeys(p.dtype for p in used):
-            part = [p for p in used if p.dtype == dtype]
-            flat = torch.cat([_flat_gradient(p) for p in part])
+        # New tensors: the present ones belong to the graph of the curvature.
+        means = self.mean_vector([torch.zeros_like(p) if p.grad is None else p.grad for p in used])
+        for p, mean in zip(used, means, strict=True):
+            p.grad = mean
+        return numbers[0] / self.size
+
+    def mean_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of a list of tensors over all processes: one reduction for each dtype."""
+        means = list(vector)
+        if self.size == 1:
+            return means
+        for dtype in dict.fromkeys(t.dtype for t in vector):
+            part = [i for i, t in enumerate(vector) if t.dtype == dtype]
+            flat = torch.cat([vector[i].reshape(-1) for i in part])
             torch.distributed.all_reduce(flat, group=self._group)
             flat.div_(self.size)
-            # New tensors: the present ones belong to the graph of the curvature.
-            for p, piece in zip(part, torch.split(flat, [p.numel() for p in part]), strict=True):
-                p.grad = piece.view_as(p)
-        return numbers[0] / self.size
+            sizes = [vector[i].numel() for i in part]
+            for i, piece in zip(part, torch.split(flat, sizes), strict=True):
+                means[i] = piece.view_as(vector[i])
+        return means
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group, which no other process knows."""
@@ -75,7 +86,3 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
                 "tensor parallel) are not supported yet; use DistributedDataParallel"
             )
             raise ValueError(msg)
-
-
-def _flat_gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature import directional_curvature
+from cdat_torch.curvature import directional_curvature, hessian_product
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import LossFn, check_scalar, gradients, vector_jacobian
+from cdat_torch.methods import Point
 from cdat_torch.reevaluation import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
@@ -34,6 +35,15 @@ class StepLoss(Protocol):
 
     def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
+        ...
+
+    def product(
+        self, direction: dict[Tensor, Tensor], method: str, *, retain_graph: bool
+    ) -> tuple[dict[Tensor, Tensor], str]:
+        """Return H u by parameter, zero where there is none, and the method that gave it.
+
+        Without `retain_graph` it is the last product.
+        """
         ...
 
 
@@ -74,6 +84,16 @@ class ClosureLoss:
                 method=method,
                 start=self.start,
             )
+
+    def product(
+        self, direction: dict[Tensor, Tensor], method: str, *, retain_graph: bool
+    ) -> tuple[dict[Tensor, Tensor], str]:
+        """Return H u and the method that gave it."""
+        u = [direction[p] for p in self.params]
+        point = Point(self.closure, self.loss, self.grads, self.params, u, self.start)
+        with torch.enable_grad():
+            product, used = hessian_product(point, method=method, retain_graph=retain_graph)
+        return dict(zip(self.params, product, strict=True)), used
 
 
 class _Record(NamedTuple):
@@ -142,7 +162,14 @@ class MicroBatches:
         return torch.stack(parts).sum()
 
     def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
-        """Return the sum of the <u, H u> of all losses; a graph that they share is freed once."""
+        """Return the sum of the <u, H u> of all losses."""
+        product, used = self.product(direction, method, retain_graph=False)
+        return TensorListSpace().vdot([direction[p] for p in product], list(product.values())), used
+
+    def product(
+        self, direction: dict[Tensor, Tensor], method: str, *, retain_graph: bool
+    ) -> tuple[dict[Tensor, Tensor], str]:
+        """Return the sum of the H u of all losses; a graph that they share is freed once."""
         params = list(dict.fromkeys(p for record in self._records for p in record.params))
         outputs, vectors = [], []
         for record in self._records:
@@ -154,7 +181,7 @@ class MicroBatches:
             for record in self._records:
                 refuse_once_differentiable(record.loss)
             with torch.enable_grad():
-                product = vector_jacobian(outputs, params, vectors)
+                product = vector_jacobian(outputs, params, vectors, retain_graph=retain_graph)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -164,7 +191,7 @@ class MicroBatches:
                 "to step() instead"
             )
             raise RuntimeError(msg) from error
-        return TensorListSpace().vdot([direction[p] for p in params], product), method
+        return dict(zip(params, product, strict=True)), method
 
 
 @dataclass
@@ -186,6 +213,13 @@ class PlainGradient:
     def curvature(self, direction: dict[Tensor, Tensor], method: str) -> tuple[Tensor, str]:
         """Raise: there is no graph."""
         msg = f"no curvature ({method}) without a loss"
+        raise NotImplementedError(msg)
+
+    def product(
+        self, direction: dict[Tensor, Tensor], method: str, *, retain_graph: bool
+    ) -> tuple[dict[Tensor, Tensor], str]:
+        """Raise: there is no graph."""
+        msg = f"no product with the Hessian ({method}) without a loss"
         raise NotImplementedError(msg)
 
 

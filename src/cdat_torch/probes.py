@@ -14,7 +14,7 @@ WARM_NOISE = 0.1
 """Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
 
 
-def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[list[Tensor]]:
+def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[Sequence[Tensor]]:
     """Return vectors of random signs like the parameters.
 
     Each device has a generator of its own, seeded from `seed` and the order of the devices: equal
@@ -35,11 +35,11 @@ def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[list[
     return [[signs(p) for p in params] for _ in range(number)]
 
 
-def warm_start(vectors: Sequence[Sequence[Tensor]], noise: Sequence[Tensor]) -> list[Tensor]:
+def warm_start(vectors: Sequence[Sequence[Tensor]], noise: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the sum of unit vectors, plus noise of the length `WARM_NOISE`."""
     space = TensorListSpace()
     length = space.vdot(noise, noise).sqrt()
-    total = space.scale(WARM_NOISE / length, noise)
+    total: Sequence[Tensor] = space.scale(WARM_NOISE / length, noise)
     for vector in vectors:
         total = space.add_scale(total, 1.0, vector)
     return total
