@@ -1,7 +1,8 @@
 """The tuner's state inside the ``state_dict`` of the optimizer.
 
-It is stored as Python numbers in each parameter group: distributed checkpointing drops further
-top-level keys and casts tensors in ``state`` to the dtype of the parameter.
+Scalars are stored as Python numbers in each parameter group: distributed checkpointing drops
+further top-level keys and casts tensors in ``state`` to the dtype of the parameter. The eigenvector
+of the sharpness has that dtype, and is stored there.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_torch.sharding import local
 
 _KEY = "tuner"
+_VECTOR = "sharpness_vector"
 
 
 class SavedTuner(NamedTuple):
@@ -78,12 +81,7 @@ def split(
 
 def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
     """Raise a ValueError if the base's part of a checkpoint does not fit its parameters."""
-    params = [p for group in base.param_groups for p in group["params"]]
-    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-    if len(params) != len(saved):
-        msg = f"state_dict must hold {len(params)} parameters, got {len(saved)}"
-        raise ValueError(msg)
-    by_index = dict(zip(saved, params, strict=True))
+    by_index = _by_index(state_dict, base)
     for index, state in state_dict["state"].items():
         if index not in by_index or not isinstance(state, dict):
             msg = f"state_dict['state'] must map parameters to dictionaries, got {index!r}"
@@ -102,6 +100,56 @@ def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
             if value.shape != present.shape:
                 msg = f"{where} must have shape {tuple(present.shape)}, got {tuple(value.shape)}"
                 raise ValueError(msg)
+
+
+def _by_index(state_dict: dict[str, Any], base: Optimizer) -> dict[int, Tensor]:
+    """Return the parameters by their index in `state_dict`; ValueError if the numbers differ."""
+    params = [p for group in base.param_groups for p in group["params"]]
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    if len(params) != len(saved):
+        msg = f"state_dict must hold {len(params)} parameters, got {len(saved)}"
+        raise ValueError(msg)
+    return dict(zip(saved, params, strict=True))
+
+
+def with_vector(
+    state_dict: dict[str, Any], vector: dict[Tensor, Tensor], base: Optimizer
+) -> dict[str, Any]:
+    """Return `state_dict` with the eigenvector of the sharpness in the state of each parameter.
+
+    Zeros stand for none: distributed checkpointing loads only what it finds in the state of the
+    new optimizer. The dictionaries that the base itself looks into stay as they are.
+    """
+    state = dict(state_dict["state"])
+    for index, p in _by_index(state_dict, base).items():
+        if p.requires_grad:
+            part = vector[p] if p in vector else torch.zeros_like(p, requires_grad=False)
+            state[index] = {**state.get(index, {}), _VECTOR: part}
+    return {**state_dict, "state": state}
+
+
+def split_vector(
+    state_dict: dict[str, Any], base: Optimizer
+) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
+    """Return the base's part of `state_dict` and the eigenvector, empty if there is none."""
+    vector, state = {}, dict(state_dict["state"])
+    for index, p in _by_index(state_dict, base).items():
+        if _VECTOR not in state.get(index, {}):
+            continue
+        rest = dict(state.pop(index))
+        part = rest.pop(_VECTOR)
+        if not isinstance(part, Tensor) or part.shape != p.shape:
+            found = tuple(part.shape) if isinstance(part, Tensor) else repr(part)
+            msg = (
+                f"state_dict['state'][{index}][{_VECTOR!r}] must be a tensor of shape "
+                f"{tuple(p.shape)}, got {found}"
+            )
+            raise ValueError(msg)
+        vector[p] = part.detach().to(p, copy=True)
+        if rest:  # an empty state tells the base that it has to begin
+            state[index] = rest
+    known = any(bool(part.any()) for part in vector.values())
+    return {**state_dict, "state": state}, vector if known else {}
 
 
 _RATES = ("lr", "direction_weight", "tuned_lr", "skipped", "until_refresh")

@@ -10,8 +10,8 @@ others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,18 @@ from cdat_torch.differentiation import (
     vector_jacobian,
 )
 from cdat_torch.gauss_newton import first_line
-from cdat_torch.methods import AUTO, BY_NAME, METHODS, Point, method_named
+from cdat_torch.methods import (
+    AUTO,
+    BY_NAME,
+    METHODS,
+    Point,
+    method_named,
+    method_with_product,
+)
 from cdat_torch.reevaluation import RandomState, random_state
 from cdat_torch.spaces import TensorListSpace
+
+T = TypeVar("T")
 
 __all__ = [
     "METHODS",
@@ -42,6 +51,7 @@ __all__ = [
     "directional_curvature",
     "evaluate",
     "gradients",
+    "hessian_product",
     "hvp",
     "measure",
 ]
@@ -230,10 +240,24 @@ def directional_curvature(
         The random state from which `loss_fn` was evaluated.
     """
     point = Point(loss_fn, loss, grads, params, direction, start)
+    return _by(method, lambda name: BY_NAME[name].curvature(point))
+
+
+def hessian_product(
+    point: Point, *, method: str, retain_graph: bool
+) -> tuple[Sequence[Tensor], str]:
+    """Return H u and the method that gave it; without `retain_graph` it is the last product."""
+    return _by(
+        method, lambda name: method_with_product(name).product(point, retain_graph=retain_graph)
+    )
+
+
+def _by(method: str, compute: Callable[[str], T]) -> tuple[T, str]:
+    """Return what `compute` returns for the method, and which one that was in the end."""
     if method == "auto":
         method, fallback = AUTO
         try:
-            return BY_NAME[method].curvature(point), method
+            return compute(method), method
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -241,10 +265,11 @@ def directional_curvature(
             warnings.warn(
                 "the loss has an operation without a second derivative "
                 f"({first_line(error)}); the curvature comes from central finite differences of "
-                "gradients instead: two further evaluations of the loss for each measurement",
-                stacklevel=3,
+                "gradients instead: two further evaluations of the loss for each product with "
+                "the Hessian",
+                stacklevel=4,
             )
-    return BY_NAME[method].curvature(point), method
+    return compute(method), method
 
 
 def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:

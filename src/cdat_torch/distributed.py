@@ -56,16 +56,27 @@ class Replicas:
         numbers = torch.cat([value.reshape(1), present.to(value.device)])
         torch.distributed.all_reduce(numbers, group=self._group)
         used = [p for p, n in zip(params, numbers[1:].tolist(), strict=True) if n > 0]
-        for dtype in dict.fromkeys(p.dtype for p in used):
-            part = [p for p in used if p.dtype == dtype]
-            flat = torch.cat([_flat_gradient(p) for p in part])
+        # New tensors: the present ones belong to the graph of the curvature.
+        means = self.mean_vector([torch.zeros_like(p) if p.grad is None else p.grad for p in used])
+        for p, mean in zip(used, means, strict=True):
+            p.grad = mean
+        return numbers[0] / self.size
+
+    def mean_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of a list of tensors over all processes: one reduction for each dtype."""
+        means = list(vector)
+        if self.size == 1:
+            return means
+        shared = [i for i, t in enumerate(vector) if not self._holds_all_of(t)]
+        for dtype in dict.fromkeys(vector[i].dtype for i in shared):
+            part = [i for i in shared if vector[i].dtype == dtype]
+            flat = torch.cat([local(vector[i]).reshape(-1) for i in part])
             torch.distributed.all_reduce(flat, group=self._group)
             flat.div_(self.size)
-            # New tensors: the present ones belong to the graph of the curvature.
-            sizes = [local(p).numel() for p in part]
-            for p, piece in zip(part, torch.split(flat, sizes), strict=True):
-                p.grad = _like(p, piece)
-        return numbers[0] / self.size
+            sizes = [local(vector[i]).numel() for i in part]
+            for i, piece in zip(part, torch.split(flat, sizes), strict=True):
+                means[i] = _like(vector[i], piece)
+        return means
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raise a ValueError if a sharded parameter does not suit the group."""
@@ -95,23 +106,19 @@ class Replicas:
         return {"size": self.size, "_group": None if self._group is not False else False}
 
 
-def _flat_gradient(p: Tensor) -> Tensor:
-    return local(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
-
-
-def _like(p: Tensor, part: Tensor) -> Tensor:
-    """Return a gradient of `p` whose part in this process is `part`, flattened."""
-    part = part.view_as(local(p))
-    if not is_sharded(p):
+def _like(tensor: Tensor, part: Tensor) -> Tensor:
+    """Return a tensor whose part in this process is `part`, flattened, laid out like another."""
+    part = part.view_as(local(tensor))
+    if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = p
+    like: Any = tensor
     return DTensor.from_local(
         part,
-        sharded.device_mesh,
-        sharded.placements,
+        like.device_mesh,
+        like.placements,
         run_check=False,
-        shape=p.shape,
-        stride=p.stride(),
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature import directional_curvature
+from cdat_torch.curvature import directional_curvature, hessian_product
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import LossFn, check_scalar, differentiate, vector_jacobian
 from cdat_torch.fully_sharded import gathered, scattered, spread_out
+from cdat_torch.methods import Point
 from cdat_torch.reevaluation import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
@@ -49,6 +50,11 @@ class Gradient(NamedTuple):
         u = spread_out([direction[p] for p in self.params], self.variables)
         return dict(zip(self.variables, u, strict=True))
 
+    def by_param(self, vector: Sequence[Tensor]) -> Direction:
+        """Return what is given by variable by parameter; of gathered ones the mean over processes."""
+        means = scattered(self.params, self.variables, vector)
+        return {p: h for p, h in zip(self.params, means, strict=True) if h is not None}
+
     def slope(self, along: Direction) -> Tensor:
         """Return <g, u>."""
         u = [along[v] for v in self.variables]
@@ -73,6 +79,15 @@ class StepLoss(Protocol):
 
     def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
+        ...
+
+    def product(
+        self, direction: Direction, method: str, *, retain_graph: bool
+    ) -> tuple[Direction, str]:
+        """Return H u by parameter, zero where there is none, and the method that gave it.
+
+        Without `retain_graph` it is the last product.
+        """
         ...
 
 
@@ -114,6 +129,17 @@ class ClosureLoss:
                 method=method,
                 start=self.start,
             )
+
+    def product(
+        self, direction: Direction, method: str, *, retain_graph: bool
+    ) -> tuple[Direction, str]:
+        """Return H u and the method that gave it."""
+        along, (_, variables, grads) = self.along(direction), self.gradient
+        u = [along[v] for v in variables]
+        point = Point(self.closure, self.loss, grads, variables, u, self.start)
+        with torch.enable_grad():
+            product, used = hessian_product(point, method=method, retain_graph=retain_graph)
+        return self.gradient.by_param(product), used
 
 
 class _Record(NamedTuple):
@@ -196,7 +222,22 @@ class MicroBatches:
         return torch.stack(parts).sum()
 
     def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
-        """Return the sum of the <u, H u> of all losses; a graph that they share is freed once."""
+        """Return the sum of the <u, H u> of all losses."""
+        product = self._product(along, retain_graph=False)
+        return TensorListSpace().vdot([along[v] for v in product], list(product.values())), method
+
+    def product(
+        self, direction: Direction, method: str, *, retain_graph: bool
+    ) -> tuple[Direction, str]:
+        """Return the sum of the H u of all losses."""
+        product = self._product(self.along(direction), retain_graph=retain_graph)
+        found: Direction = {}
+        for gradient in (record.gradient for record in self._records):
+            found |= gradient.by_param([product[v] for v in gradient.variables])
+        return found, method
+
+    def _product(self, along: Direction, *, retain_graph: bool) -> Direction:
+        """Return H u by variable; a graph that the losses share is freed once."""
         gradients = [record.gradient for record in self._records]
         variables = list(dict.fromkeys(v for gradient in gradients for v in gradient.variables))
         outputs, vectors = [], []
@@ -209,7 +250,7 @@ class MicroBatches:
             for record in self._records:
                 refuse_once_differentiable(record.loss)
             with torch.enable_grad():
-                product = vector_jacobian(outputs, variables, vectors)
+                product = vector_jacobian(outputs, variables, vectors, retain_graph=retain_graph)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -219,7 +260,7 @@ class MicroBatches:
                 "to step() instead"
             )
             raise RuntimeError(msg) from error
-        return TensorListSpace().vdot([along[v] for v in variables], product), method
+        return dict(zip(variables, product, strict=True))
 
 
 @dataclass
@@ -245,6 +286,13 @@ class PlainGradient:
     def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Raise: there is no graph."""
         msg = f"no curvature ({method}) without a loss"
+        raise NotImplementedError(msg)
+
+    def product(
+        self, direction: Direction, method: str, *, retain_graph: bool
+    ) -> tuple[Direction, str]:
+        """Raise: there is no graph."""
+        msg = f"no product with the Hessian ({method}) without a loss"
         raise NotImplementedError(msg)
 
 

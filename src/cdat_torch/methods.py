@@ -69,9 +69,14 @@ class Hessian:
 
     def curvature(self, point: Point) -> Tensor:
         """Return <u, H u>; RuntimeError if an operation has no second derivative."""
+        return TensorListSpace().vdot(point.direction, self.product(point, retain_graph=False))
+
+    def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
+        """Return H u."""
         refuse_once_differentiable(point.loss)
-        product = vector_jacobian(point.grads, point.params, point.direction)
-        return TensorListSpace().vdot(point.direction, product)
+        return vector_jacobian(
+            point.grads, point.params, point.direction, retain_graph=retain_graph
+        )
 
 
 class GaussNewton:
@@ -106,6 +111,11 @@ class FiniteDifference:
 
     def curvature(self, point: Point) -> Tensor:
         """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
+        return TensorListSpace().vdot(point.direction, self.product(point, retain_graph=False))
+
+    def product(self, point: Point, *, retain_graph: bool) -> Sequence[Tensor]:
+        """Return the difference quotient of g; there is no graph to retain."""
+        del retain_graph
         params, space = point.params, TensorListSpace()
 
         def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
@@ -120,7 +130,7 @@ class FiniteDifference:
         # the relative displacement that balances truncation and rounding of the gradients
         step = float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
         product = cdat_core.finite_difference_hvp(gradient_at, here, step=step, space=space)
-        return space.vdot(point.direction, product(list(point.direction)))
+        return product(list(point.direction))
 
 
 BY_NAME: dict[str, Method] = {
@@ -138,3 +148,15 @@ def method_named(name: str) -> Method:
         msg = f"curvature must be one of {METHODS}, got {name!r}"
         raise ValueError(msg)
     return BY_NAME[AUTO[0] if name == "auto" else name]
+
+
+def method_with_product(name: str) -> Hessian | FiniteDifference:
+    """Return the method that `name` begins with; ValueError if it has no product with H."""
+    method = method_named(name)
+    if not isinstance(method, Hessian | FiniteDifference):
+        msg = (
+            f'curvature="{name}" does not give the sharpness that tuner_or_search needs; '
+            'pass curvature="hessian" or "finite_difference"'
+        )
+        raise ValueError(msg)
+    return method

@@ -7,7 +7,7 @@ by rate times multiplier times u.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -33,10 +33,11 @@ from cdat_torch.groups import (
     weights_and_factors,
 )
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
-from cdat_torch.rules import SearchRule, TunerRule, rule
+from cdat_torch.rules import Decision, SearchRule, TunerRule, rule
 from cdat_torch.sharding import all_agree, locals_of
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
+from cdat_torch.tracking import SharpnessTracker
 
 
 class TunedOptimizer(Optimizer):
@@ -77,7 +78,15 @@ class TunedOptimizer(Optimizer):
         How the curvature is computed; see `cdat_torch.measure`.
     every : int
         Measure the curvature every so many steps and hold the rate in between; after a skipped step
-        it is measured at once.
+        it is measured at once. The same holds for the sharpness.
+    sharpness_matvecs : int
+        Hessian-vector products to spend on the sharpness, if the tuner needs it, in each step that
+        measures; the first one spends at least 20, because it starts from a random vector. Each
+        costs two to three gradients, and as many vectors like the parameters are in memory.
+    inverse_sqrt : callable, optional
+        ``v -> P^-1/2 v`` on lists of tensors like the parameters that require grad: the sharpness
+        is then that of ``P^-1/2 H P^-1/2``. It is called after the base has updated its state. By
+        default P is ``sqrt(v_hat) + eps`` for Adam and AdamW, and the identity for all others.
     max_consecutive_skips : int, optional
         Raise a RuntimeError after so many skipped steps in a row. This reads one more number from
         the device in each step. By default a run of skips goes on.
@@ -116,6 +125,8 @@ class TunedOptimizer(Optimizer):
         *,
         curvature: str = "auto",
         every: int = 1,
+        sharpness_matvecs: int = 8,
+        inverse_sqrt: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
         max_consecutive_skips: int | None = None,
         process_group: Any = None,
     ) -> None:
@@ -131,8 +142,9 @@ class TunedOptimizer(Optimizer):
             raise ValueError(msg)
         first = params[0]
         zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
+        tracker = SharpnessTracker(base, num_matvecs=sharpness_matvecs, inverse_sqrt=inverse_sqrt)
         self._rule: TunerRule | SearchRule = rule(
-            tuner_or_search, zero, curvature=curvature, every=every
+            tuner_or_search, zero, curvature=curvature, every=every, tracker=tracker
         )
         if max_consecutive_skips is not None:
             _validation.count("max_consecutive_skips", max_consecutive_skips)
@@ -187,9 +199,12 @@ class TunedOptimizer(Optimizer):
         dict
             As of every ``torch.optim`` optimizer; loads with ``torch.load(weights_only=True)``.
         """
-        return checkpoint.with_tuner(
+        saved = checkpoint.with_tuner(
             super().state_dict(), self._rule.state, int(self._skipped), self._rule.until_refresh
         )
+        if self._rule.tracker is None:
+            return saved
+        return checkpoint.with_vector(saved, self._rule.tracker.vector, self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; everything is checked before anything changes.
@@ -210,7 +225,10 @@ class TunedOptimizer(Optimizer):
         """
         saved, tuner = checkpoint.split(state_dict, self._rule.state, self.param_groups)
         checkpoint.check_base_state(saved, self.base)
+        saved, vector = checkpoint.split_vector(saved, self.base)
         self.base.load_state_dict(saved)
+        if self._rule.tracker is not None:
+            self._rule.tracker.vector = vector
         if tuner is None:
             tuner = checkpoint.SavedTuner(None, 0, 0)
             self._rule.start(self._rate)
@@ -351,7 +369,7 @@ class TunedOptimizer(Optimizer):
         finite = all_finite([*([] if value is None else [value]), *locals_of(grads)])
         if not all_agree(finite, grads):
             self._rule.miss()
-            self._conclude(value, None, None, torch.zeros_like(self._rate), skip=True)
+            self._conclude(value, None)
             return value
 
         saved = SavedState(self.base) if self._rule.measures else None
@@ -362,7 +380,7 @@ class TunedOptimizer(Optimizer):
             scale_in_place(step, weights)
             if self._rule.along_step:
                 scale_in_place(step, factors)
-            rate, skip, slope, curvature = self._rule.choose(
+            decision = self._rule.choose(
                 evaluation, value, params, direction, present=self._rate, replicas=self._replicas
             )
             if not self._rule.along_step:
@@ -372,27 +390,23 @@ class TunedOptimizer(Optimizer):
                 saved.restore(self.base)
             raise
         if saved is not None:
-            saved.restore_where(self.base, skip)
-        move(locals_of(params), step, rate, skip=skip)
-        self._conclude(value, slope, curvature, rate, skip=skip)
+            saved.restore_where(self.base, decision.skip)
+        move(locals_of(params), step, decision.rate, skip=decision.skip)
+        self._conclude(value, decision)
         return value
 
-    def _conclude(
-        self,
-        value: Tensor | None,
-        slope: Tensor | None,
-        curvature: Tensor | None,
-        rate: Tensor,
-        *,
-        skip: Tensor | bool,
-    ) -> None:
+    def _conclude(self, value: Tensor | None, decision: Decision | None) -> None:
         """Record what the step measured and decided; raise after too many skips in a row."""
+        skip: Tensor | bool = True
+        rate, slope, curvature, sharpness = torch.zeros_like(self._rate), None, None, None
+        if decision is not None:
+            rate, skip, slope, curvature, sharpness = decision
         self._rate = rate
         self._skipped = self._skipped + skip
         self._consecutive = (self._consecutive + 1) * skip
         for group in self.param_groups:
             group["tuned_lr"] = rate
-        self.last = StepInfo(value, slope, curvature, rate, self._skipped)
+        self.last = StepInfo(value, slope, curvature, sharpness, rate, self._skipped)
         limit = self._max_consecutive_skips
         if limit is not None and int(self._consecutive) >= limit:
             msg = (

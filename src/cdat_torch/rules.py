@@ -13,8 +13,9 @@ from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
-from cdat_torch.methods import method_named
+from cdat_torch.methods import method_named, method_with_product
 from cdat_torch.spaces import TensorListSpace
+from cdat_torch.tracking import SharpnessTracker
 from cdat_torch.trial import evaluate_trial
 
 
@@ -24,11 +25,12 @@ class Decision(NamedTuple):
     rate: Tensor
     skip: Tensor
     slope: Tensor
-    curvature: Tensor | None
+    curvature: Tensor | None = None
+    sharpness: Tensor | None = None
 
 
 class TunerRule:
-    """A tuner with its state; it measures the curvature every so many steps.
+    """A tuner with its state; it measures curvature and sharpness every so many steps.
 
     Parameters
     ----------
@@ -40,19 +42,28 @@ class TunerRule:
         The way to compute it, kept in `method`.
     every : int
         Steps from one measurement to the next.
+    tracker : SharpnessTracker
+        What measures the sharpness; kept in `tracker` if the tuner needs it, else that is None.
     """
 
     along_step = False
     """The direction is measured before the multipliers of a scheduler."""
 
-    def __init__(self, tuner: Tuner[Any], like: Tensor, *, curvature: str, every: int) -> None:
-        if "sharpness" in tuner.needs:
-            msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
-            raise ValueError(msg)
-        method_named(curvature)
+    def __init__(
+        self,
+        tuner: Tuner[Any],
+        like: Tensor,
+        *,
+        curvature: str,
+        every: int,
+        tracker: SharpnessTracker,
+    ) -> None:
+        self.tracker = tracker if "sharpness" in tuner.needs else None
+        method_named(curvature) if self.tracker is None else method_with_product(curvature)
         self._tuner = tuner
         self._every = _validation.count("every", every)
         self._needs_curvature = "curvature" in tuner.needs
+        self._needs_graph = self._needs_curvature or self.tracker is not None
         self.method = curvature
         self.needs_value = "value" in tuner.needs
         self.until_refresh = 0
@@ -65,20 +76,20 @@ class TunerRule:
 
     @property
     def measures(self) -> bool:
-        """Whether the step to come measures the curvature."""
-        return self._needs_curvature and self.until_refresh == 0
+        """Whether the step to come measures curvature or sharpness."""
+        return self._needs_graph and self.until_refresh == 0
 
     @property
     def needs_closure(self) -> str | None:
         """What evaluates the loss again, if anything does."""
-        if not self._needs_curvature or method_named(self.method).differentiated_twice:
+        if not self._needs_graph or method_named(self.method).differentiated_twice:
             return None
         return f'curvature="{self.method}"'
 
     @property
     def needs_loss(self) -> bool:
         """Whether a gradient alone is not enough."""
-        return self._needs_curvature or self.needs_value
+        return self._needs_graph or self.needs_value
 
     def miss(self) -> None:
         """Take note of a step that was skipped: the rate to hold is lost."""
@@ -111,29 +122,33 @@ class TunerRule:
         """
         along = evaluation.along(dict(zip(params, direction, strict=True)))
         slope = evaluation.slope(along)
-        if self._needs_curvature and not self.measures:
+        if self._needs_graph and not self.measures:
             (slope,) = replicas.mean([slope])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
-            return Decision(
-                torch.where(skip, torch.zeros_like(present), present), skip, slope, None
-            )
+            return Decision(torch.where(skip, torch.zeros_like(present), present), skip, slope)
 
-        curvature = None
-        if self.measures:
-            curvature, used = evaluation.curvature(along, self.method)
-            if used == "finite_difference":
-                self.method = used  # what failed once is not tried again in each step
-            slope, curvature = replicas.mean([slope, curvature])
-        else:
-            (slope,) = replicas.mean([slope])
+        measured, used = {"slope": slope}, self.method
+        if self.tracker is not None:  # first: the curvature frees the graph
+            found = self.tracker.measure(
+                evaluation, used, replicas=replicas, retain_graph=self._needs_curvature
+            )
+            measured["sharpness"], used = found.sharpness, found.method
+        if self._needs_curvature:
+            measured["curvature"], used = evaluation.curvature(along, used)
+        if used == "finite_difference":
+            self.method = used  # what failed once is not tried again in each step
+        means = dict(zip(measured, replicas.mean(list(measured.values())), strict=True))
+        measurement = Measurement(value, None, None)._replace(**means)
         before = self.state.skipped
-        rate, self.state = self._tuner.update(Measurement(value, slope, curvature), self.state)
+        rate, self.state = self._tuner.update(measurement, self.state)
         skip = self.state.skipped > before
+        if self.tracker is not None:
+            self.tracker.keep(found, where=~skip & torch.isfinite(means["sharpness"]))
         if self.measures and self._every > 1:
             # After a skip the curvature is measured again at once.
             self.until_refresh = 0 if bool(skip) else self._every - 1
-        return Decision(rate, skip, slope, curvature)
+        return Decision(rate, skip, **means)
 
 
 class SearchRule:
@@ -145,6 +160,7 @@ class SearchRule:
     measures = False
     needs_closure = "a line search"
     needs_loss = True
+    tracker = None
     state: Any = None
     until_refresh = 0
 
@@ -184,10 +200,12 @@ class SearchRule:
                 needs=self._search.trial_needs,
             )
             trial = self._search.tell(trial, *replicas.mean([field.to(present) for field in told]))
-        return Decision(trial.step_size, ~torch.isfinite(slope), slope, None)
+        return Decision(trial.step_size, ~torch.isfinite(slope), slope)
 
 
-def rule(tuner_or_search: Any, like: Tensor, *, curvature: str, every: int) -> Any:
+def rule(
+    tuner_or_search: Any, like: Tensor, *, curvature: str, every: int, tracker: SharpnessTracker
+) -> Any:
     """Return the `TunerRule` or `SearchRule`.
 
     Raises
@@ -196,7 +214,7 @@ def rule(tuner_or_search: Any, like: Tensor, *, curvature: str, every: int) -> A
         If an argument is not of its kind.
     """
     if isinstance(tuner_or_search, Tuner):
-        return TunerRule(tuner_or_search, like, curvature=curvature, every=every)
+        return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)
     if isinstance(tuner_or_search, LineSearch):
         method_named(curvature)
         _validation.count("every", every)

@@ -40,6 +40,18 @@ def laid_out_like(tensor: Any, like: Any) -> Tensor:
     return result
 
 
+def part_of(whole: Tensor, like: Any) -> Tensor:
+    """Return a tensor that each process holds as a whole, laid out like another one."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    result: Tensor = copies.redistribute(placements=like.placements)
+    return result
+
+
 def settled(tensor: Any) -> Tensor:
     """Return a DTensor whose parts still have to be summed as that sum; others as they are."""
     if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):

@@ -7,7 +7,7 @@ optimizer, and a progress bar. A call leaves no trace: random state and buffers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,14 +18,13 @@ import cdat_core
 from cdat_core import _validation
 from cdat_torch.curvature import LossFn, hvp
 from cdat_torch.differentiability import refuse_once_differentiable
+from cdat_torch.fully_sharded import release
 from cdat_torch.groups import check_params
 from cdat_torch.preconditioner import Preconditioner, Vector, inverse_square_root
+from cdat_torch.probes import random_signs, warm_start
 from cdat_torch.progress import Progress, reporter
 from cdat_torch.reevaluation import random_state, without_trace
 from cdat_torch.spaces import TensorListSpace
-
-WARM_NOISE = 0.1
-"""Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
 
 
 def sharpness(
@@ -161,18 +160,17 @@ def top_eigenvalues(
     """
     params = _listed(params)
     _validation.count("num_matvecs", num_matvecs)
-    space = TensorListSpace()
     if isinstance(start, cdat_core.TopEigenvalues):
         _check_like(params, start.vectors[0])
-        vector = _disturbed(start.vectors, _probes(params, 1, seed)[0], space)
+        vector = warm_start(start.vectors, random_signs(params, 1, seed)[0])
     elif start is not None:
         _check_like(params, start)
         vector = start
     else:
-        vector = _probes(params, 1, seed)[0]
+        vector = random_signs(params, 1, seed)[0]
     with _operator(loss_fn, params, inverse_sqrt, progress, total=num_matvecs) as product:
         return cdat_core.top_eigenvalues(
-            product, vector, k=k, num_matvecs=num_matvecs, space=space, which=which
+            product, vector, k=k, num_matvecs=num_matvecs, space=TensorListSpace(), which=which
         )
 
 
@@ -233,7 +231,7 @@ def spectral_density(
     with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:
         return cdat_core.spectral_density(
             product,
-            _probes(params, num_probes, seed),
+            random_signs(params, num_probes, seed),
             num_matvecs=num_matvecs,
             space=TensorListSpace(),
             reorthogonalize=reorthogonalize,
@@ -292,7 +290,7 @@ def trace(
         raise ValueError(msg)
     sketches = method == "hutch++"
     _validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
-    probes, space = _probes(params, num_probes, seed), TensorListSpace()
+    probes, space = random_signs(params, num_probes, seed), TensorListSpace()
     total = num_probes + num_probes // 2 if sketches else num_probes
     with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:
         if sketches:
@@ -324,7 +322,10 @@ def _operator(
             report()
             return result
 
-        yield product
+        try:
+            yield product
+        finally:
+            release(params)
 
 
 def _twice_differentiable(loss_fn: LossFn) -> LossFn:
@@ -368,33 +369,3 @@ def _check_like(params: list[Tensor], start: Vector) -> None:
     if got != shapes:
         msg = f"start must hold tensors with the shapes of params, {shapes}, got {got}"
         raise ValueError(msg)
-
-
-def _probes(params: list[Tensor], number: int, seed: int) -> list[Vector]:
-    """Return vectors of random signs like the parameters.
-
-    Each device has a generator of its own, seeded from `seed` and the order of the devices: equal
-    seeds would give tensors on two devices equal signs.
-    """
-    _validation.count("seed", seed, minimum=0)
-    seeds = torch.Generator().manual_seed(seed)
-    generators: dict[torch.device, torch.Generator] = {}
-    for p in params:
-        if p.device not in generators:
-            own = int(torch.randint(2**62, (), generator=seeds))
-            generators[p.device] = torch.Generator(p.device).manual_seed(own)
-
-    def signs(p: Tensor) -> Tensor:
-        drawn = torch.empty_like(p, requires_grad=False)
-        return drawn.bernoulli_(0.5, generator=generators[p.device]).mul_(2.0).sub_(1.0)
-
-    return [[signs(p) for p in params] for _ in range(number)]
-
-
-def _disturbed(vectors: Sequence[Vector], noise: Vector, space: TensorListSpace) -> Vector:
-    """Return the sum of unit vectors, plus noise of the length `WARM_NOISE`."""
-    length = space.vdot(noise, noise).sqrt()
-    total = space.scale(WARM_NOISE / length, noise)
-    for vector in vectors:
-        total = space.add_scale(total, 1.0, vector)
-    return total

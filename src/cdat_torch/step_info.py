@@ -16,6 +16,8 @@ class StepInfo(NamedTuple):
         Loss and directional derivative <g, u>; slope is None if the step was skipped before it.
     curvature : Tensor or None
         Directional curvature <u, H u>; None if this step did not measure it.
+    sharpness : Tensor or None
+        Largest eigenvalue of the (preconditioned) Hessian; None if this step did not measure it.
     learning_rate : Tensor
         The tuned rate in use, before the multipliers of the groups; 0 if the step was skipped.
     skipped : Tensor
@@ -25,6 +27,7 @@ class StepInfo(NamedTuple):
     value: Tensor | None
     slope: Tensor | None
     curvature: Tensor | None
+    sharpness: Tensor | None
     learning_rate: Tensor
     skipped: Tensor
 

@@ -20,6 +20,7 @@ STEPS = 5
 RULES = {
     "cdat": tuners.cdat(1.0),
     "gen": tuners.gen(),
+    "edge": tuners.sharpness_edge(1.0),
     "polyak": tuners.polyak(max_learning_rate=0.1),
     "zoom": linesearch.zoom(),
     "backtracking": linesearch.backtracking(),
@@ -63,10 +64,10 @@ def train(rank, size, rule, *, wrapped=False, form="closure", sizes=None, curvat
     return numbers(model, optimizer)
 
 
-def faulty(rank, size, where):
+def faulty(rank, size, where, rule="cdat"):
     model, x, y = problem()
     base = torch.optim.Adam(model.parameters())
-    optimizer = CDAT(base, sigma=1.0)
+    optimizer = TunedOptimizer(base, RULES[rule])
     inputs, labels = share(x, rank, size), share(y, rank, size)
     good = lambda: F.cross_entropy(model(inputs), labels)
     kink = lambda: (model[0].bias[0] - model[0].bias[0].detach()).clamp(min=0)
@@ -77,14 +78,14 @@ def faulty(rank, size, where):
     }[where]
     optimizer.step(good)
     before = [p.detach().clone() for p in model.parameters()]
-    averages = list(optimizer._rule.state[:4])
+    averages = optimizer._rule.state._replace(skipped=0)
     state = [s["exp_avg"].clone() for s in optimizer.state.values()]
     optimizer.step(broken if rank == 1 else good)
     same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     same = same and all(
         torch.equal(s["exp_avg"], t) for s, t in zip(optimizer.state.values(), state, strict=True)
     )
-    same = same and averages == list(optimizer._rule.state[:4])
+    same = same and averages == optimizer._rule.state._replace(skipped=0)
     skipped = int(optimizer.last.skipped)
     optimizer.step(good)
     return same, skipped, float(optimizer.last.learning_rate), int(optimizer.last.skipped)
@@ -157,12 +158,17 @@ TWO = {
     "unequal": (train, {"rule": "cdat", "sizes": [6, 18]}),
     "differences": (train, {"rule": "cdat", "curvature": "finite_difference"}),
     **{f"bad {where}": (faulty, {"where": where}) for where in ("loss", "gradient", "curvature")},
+    "bad sharpness": (faulty, {"where": "curvature", "rule": "edge"}),
     "routed": (routed, {}),
     "alone": (alone, {}),
     "forgetful": (forgetful, {}),
 }
 FORMS = ("closure", "backward", "accumulation")
-FOUR = {form: (train, {"rule": "cdat", "wrapped": True, "form": form}) for form in FORMS}
+FOUR = {
+    f"{rule} {form}": (train, {"rule": rule, "wrapped": True, "form": form})
+    for rule in ("cdat", "edge")
+    for form in FORMS
+}
 
 
 def every_case(rank, size):
@@ -200,9 +206,9 @@ def test_two_processes_take_the_step_of_the_whole_batch(two, case):
     assert_like_one_process(two, case, TWO)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_four_processes_under_distributed_data_parallel(four, form):
-    assert_like_one_process(four, form, FOUR)
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes_under_distributed_data_parallel(four, case):
+    assert_like_one_process(four, case, FOUR)
 
 
 def test_finite_differences(two):
@@ -210,7 +216,7 @@ def test_finite_differences(two):
     assert_like_one_process(two, "differences", TWO, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "curvature"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "curvature", "sharpness"])
 def test_what_is_not_finite_in_one_process_skips_the_step_in_all(two, where):
     found = [process[f"bad {where}"] for process in two]
     assert found[0] == found[1]

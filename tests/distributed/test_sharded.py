@@ -22,6 +22,7 @@ RULES = {
     "constant": tuners.constant(0.02),
     "cdat": tuners.cdat(1.0),
     "zoom": linesearch.zoom(),
+    "sharpness": tuners.sharpness_edge(1.0),
 }
 
 
@@ -216,12 +217,14 @@ STEPPING = {
     "synchronised accumulation": {"form": "synchronised", "every": 2},
     "differences": {"curvature": "finite_difference"},
     "zoom": {"rule": "zoom"},
+    "sharpness": {"rule": "sharpness", "base": "SGD"},
+    "sharpness of the sum": {"rule": "sharpness", "base": "SGD", "form": "synchronised"},
     "constant": {"rule": "constant"},
     "adamw": {"base": "AdamW", "rule": "constant", "form": "backward"},
 }
 WAYS = {
     (2, "fsdp"): STEPPING,
-    (2, "tensor"): ("cdat", "every", "accumulation", "differences", "zoom"),
+    (2, "tensor"): ("cdat", "every", "accumulation", "differences", "zoom", "sharpness"),
     (2, "sequence"): ("cdat", "backward"),
     (4, "hsdp"): ("cdat", "accumulation", "differences"),
     (4, "tensor and data"): ("cdat", "accumulation"),

@@ -103,12 +103,13 @@ class Saved:
         self.tensor = tensor.detach()  # with its graph it would keep itself alive
 
 
+@pytest.mark.parametrize("rule", [tuners.cdat(), tuners.sharpness_edge()], ids=["cdat", "edge"])
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("end", ["step", "zero_grad"])
-def test_graphs_are_freed(end, held):
+def test_graphs_are_freed(end, held, rule):
     """After a step even if the caller still holds the loss, but for what the loss itself saved."""
     model, x, y = problem()
-    optimizer = CDAT(BASES["adamw"](model.parameters()))
+    optimizer = TunedOptimizer(BASES["adamw"](model.parameters()), rule)
     watched = []
 
     def pack(tensor):

@@ -15,11 +15,12 @@ from cdat_torch import CDAT, TunedOptimizer
 from tests.torch.models import mlp
 
 
-def make(rule=None, **options):  # type: ignore[no-untyped-def]
+def make(rule=None, base=torch.optim.Adam, **options):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model = mlp(3, 5, 1, dtype=torch.float32)
-    base = torch.optim.Adam(model.parameters())
-    return model, TunedOptimizer(base, rule or tuners.cdat(), **options)
+    # From so few products another start vector gives another sharpness.
+    options = {"sharpness_matvecs": 2, **options}
+    return model, TunedOptimizer(base(model.parameters()), rule or tuners.cdat(), **options)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -27,16 +28,21 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) 
     return [float(optimizer.step(lambda: (model(x) - 1).square().mean())) for _ in range(steps)]
 
 
+EDGE = tuners.sharpness_edge(0.5)
+RULES = {"cdat": tuners.cdat(), "search": linesearch.backtracking(), "edge": EDGE}
+
+
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("rule", [tuners.cdat(), linesearch.backtracking()], ids=["cdat", "search"])
-def test_resume_is_bit_exact(tmp_path: Path, rule, every: int) -> None:  # type: ignore[no-untyped-def]
-    model, optimizer = make(rule, every=every)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_resume_is_bit_exact(tmp_path: Path, rule, base, every: int) -> None:  # type: ignore[no-untyped-def]
+    model, optimizer = make(rule, base, every=every)
     train(model, optimizer, 5)
     path = tmp_path / "checkpoint.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     expected = train(model, optimizer, 7)
 
-    resumed_model, resumed = make(rule, every=every)
+    resumed_model, resumed = make(rule, base, every=every)
     saved = torch.load(path, weights_only=True)
     resumed_model.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
@@ -91,8 +97,41 @@ def test_a_plain_optimizers_state_loads_with_a_cold_tuner() -> None:
     assert train(model, optimizer, 3)[-1] > 0
 
 
+def test_a_plain_optimizers_state_loads_with_a_cold_eigenvector() -> None:
+    """One product from the old vector would be far off; twenty from a new one are not."""
+    model, optimizer = make(EDGE, sharpness_matvecs=1)
+    train(model, optimizer, 3)
+    other_model, other = make(EDGE, sharpness_matvecs=1)
+    plain = torch.optim.Adam(mlp(3, 5, 1).parameters())
+    with pytest.warns(UserWarning, match="tuner starts cold"):
+        other.load_state_dict(plain.state_dict())
+    other_model.load_state_dict(model.state_dict())
+    other.base.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    train(model, optimizer, 1)
+    train(other_model, other, 1)
+    assert float(optimizer.last.sharpness) < 0.99 * float(other.last.sharpness)
+
+
+def test_the_eigenvector_is_no_state_of_the_base() -> None:
+    model, optimizer = make(EDGE)
+    blank = copy.deepcopy(optimizer.state_dict())
+    assert not optimizer.state  # where Adam looks whether it has to begin
+    train(model, optimizer, 2)
+    names = {"step", "exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state_dict()["state"][0]) == names | {"sharpness_vector"}
+    assert all(set(state) == names for state in optimizer.state.values())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(set(state) == names for state in optimizer.state.values())
+    _, other = make(tuners.constant(0.1))
+    other.load_state_dict(optimizer.state_dict())  # a rule that has no use for it
+    assert all(set(state) == names for state in other.state.values())
+    optimizer.load_state_dict(blank)
+    assert not optimizer.state
+    assert train(model, optimizer, 1)[0] > 0
+
+
 def test_a_deep_copy_trains_on_its_own() -> None:
-    model, optimizer = make()
+    model, optimizer = make(EDGE)
     train(model, optimizer, 2)
     twin_model, twin = copy.deepcopy((model, optimizer))
     assert isinstance(twin, TunedOptimizer)
@@ -121,7 +160,15 @@ def _set(path, value):
     return change
 
 
-GROUP = ("param_groups", 0)
+GROUP, VECTOR = ("param_groups", 0), "sharpness_vector"
+
+
+def both():  # type: ignore[no-untyped-def]
+    """CDAT that needs the sharpness too, for a state with everything in it."""
+    tuner = tuners.cdat(1.0)
+    return tuner._replace(needs=tuner.needs | {"sharpness"})
+
+
 SPOILT = {
     "NaN average": _set((*GROUP, "tuner", "state", "numerator"), float("nan")),
     "negative average": _set((*GROUP, "tuner", "state", "denominator"), -1.0),
@@ -134,13 +181,16 @@ SPOILT = {
     "moment of another shape": _set(("state", 0, "exp_avg"), torch.zeros(3, 4).double()),
     "state that is a string": _set(("state", 0, "exp_avg"), "zeros"),
     "unknown parameter": _set(("state", 17), {}),
+    "infinite eigenvector": _set(("state", 0, VECTOR), torch.full((4, 3), torch.inf).double()),
+    "eigenvector of another shape": _set(("state", 3, VECTOR), torch.zeros(2).double()),
+    "eigenvector that is a number": _set(("state", 0, VECTOR), 1.0),
 }
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_state_is_refused_and_nothing_changes(spoil) -> None:  # type: ignore[no-untyped-def]
     model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
-    optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.0)
+    optimizer = TunedOptimizer(torch.optim.Adam(model.parameters()), both())
     for _ in range(3):
         optimizer.step(lambda: model(x).square().mean())
     state_dict = copy.deepcopy(optimizer.state_dict())
@@ -155,20 +205,22 @@ def test_a_spoilt_state_is_refused_and_nothing_changes(spoil) -> None:  # type: 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
-def test_distributed_checkpointing_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("rule", [tuners.cdat(1.0), EDGE], ids=["cdat", "edge"])
+def test_distributed_checkpointing_resumes_bit_for_bit(tmp_path: Path, rule, base) -> None:  # type: ignore[no-untyped-def]
     """It creates the state of a new optimizer by a step with zero gradients at rate 0."""
     x = torch.randn(8, 3)
 
     def run(model, optimizer):  # type: ignore[no-untyped-def]
         return [float(optimizer.step(lambda: model(x).square().mean())) for _ in range(5)]
 
-    model, optimizer = make(tuners.cdat(1.0))
+    model, optimizer = make(rule, base)
     run(model, optimizer)
     saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save(saved, checkpoint_id=tmp_path)
     expected = run(model, optimizer)
 
-    again, other = make(tuners.cdat(1.0))
+    again, other = make(rule, base)
     before = [p.detach().clone() for p in again.parameters()]
     blank = dict(zip(("model", "optimizer"), get_state_dict(again, other), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), before, strict=True))
