@@ -51,7 +51,7 @@ class Gradient(NamedTuple):
         return dict(zip(self.variables, u, strict=True))
 
     def by_param(self, vector: Sequence[Tensor]) -> Direction:
-        """Return what is given by variable by parameter; of gathered ones the mean over processes."""
+        """Return by parameter what is given by variable; the mean of what was gathered."""
         means = scattered(self.params, self.variables, vector)
         return {p: h for p, h in zip(self.params, means, strict=True) if h is not None}
 

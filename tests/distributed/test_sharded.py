@@ -119,9 +119,11 @@ def measured(rank, size, way):
     numbers = []
     for curvature in ("auto", "finite_difference"):
         numbers += [float(s) for s in measure(loss_fn, params, u, curvature=curvature)[:3]]
-    product = torch.cat([whole(t).reshape(-1) for t in hvp(loss_fn, params)(u)])
+    product = hvp(loss_fn, params)(u)
+    pairs = zip(params, product, strict=True)
+    laid_out = all(isinstance(p, DTensor) == isinstance(h, DTensor) for p, h in pairs)
+    product = torch.cat([whole(t).reshape(-1) for t in product])
     largest = float(sharpness(loss_fn, params, num_matvecs=12))
-    laid_out = all(type(p) is type(t) for p, t in zip(params, u, strict=True))
     return numbers, product.tolist(), largest, laid_out
 
 
