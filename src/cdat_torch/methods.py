@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-import cdat_core
+from cdat_core._arrays import safe_reciprocal
+from cdat_core.curvature import displacement
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import LossFn, evaluate, gradients, vector_jacobian
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
-from cdat_torch.reevaluation import RandomState, moved, without_trace
+from cdat_torch.reevaluation import RandomState, displace, put_back, without_trace
 from cdat_torch.spaces import TensorListSpace
 
 
@@ -106,21 +107,30 @@ class FiniteDifference:
 
     def curvature(self, point: Point) -> Tensor:
         """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
-        params, space = point.params, TensorListSpace()
-
-        def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
-            with moved(params, values), without_trace(params, point.start):
-                loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
-                found = gradients(loss, params, create_graph=False)
-            return [
-                torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)
-            ]
-
+        params, direction, space = point.params, list(point.direction), TensorListSpace()
         here = [p.detach().clone() for p in params]
         # the relative displacement that balances truncation and rounding of the gradients
         step = float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
-        product = cdat_core.finite_difference_hvp(gradient_at, here, step=step, space=space)
-        return space.vdot(point.direction, product(list(point.direction)))
+        h = displacement(here, step=step, space=space)(direction)
+        with put_back(params, here):
+            forward, backward = (self._change(point, here, factor) for factor in (h, -h))
+        curvature: Tensor = (forward - backward) * (0.5 * safe_reciprocal(h))
+        return curvature
+
+    def _change(self, point: Point, here: Sequence[Tensor], factor: Tensor) -> Tensor:
+        """Return <g(here + factor * u) - g(here), u>; the parameters stay there.
+
+        Of the two slopes alone little would be left in their difference but rounding errors.
+        """
+        displace(point.params, here, factor, point.direction)
+        with without_trace(point.params, point.start):
+            loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
+            found = list(gradients(loss, point.params, create_graph=False))
+        change = []
+        for here_g in point.grads:  # one after the other: there is memory for one list
+            there_g = found.pop(0)
+            change.append(-here_g.detach() if there_g is None else there_g - here_g.detach())
+        return TensorListSpace().vdot(change, point.direction)
 
 
 BY_NAME: dict[str, Method] = {

@@ -98,12 +98,18 @@ def _expect_hooks_of_compiled_modules() -> None:
 @contextmanager
 def moved(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Give `params` other values; afterwards they are restored bit for bit, also after an error."""
-    saved = [p.detach().clone() for p in params]
-    try:
+    with put_back(params, [p.detach().clone() for p in params]):
         assign(params, values)
         yield
+
+
+@contextmanager
+def put_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Copy `values` into `params` at the end of the block, also after an error."""
+    try:
+        yield
     finally:
-        assign(params, saved)
+        assign(params, values)
 
 
 def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -112,3 +118,13 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for p, value in zip(params, values, strict=True):
             p.copy_(value)
     torch.clear_autocast_cache()  # it holds low-precision copies of parameters
+
+
+def displace(
+    params: Sequence[Tensor], here: Sequence[Tensor], factor: Tensor, direction: Sequence[Tensor]
+) -> None:
+    """Set `params` to ``here + factor * direction`` in place."""
+    with torch.no_grad():
+        for p, w, u in zip(params, here, direction, strict=True):
+            torch.mul(u, factor.to(u.device), out=p).add_(w)  # addcmul would round the factor
+    torch.clear_autocast_cache()
