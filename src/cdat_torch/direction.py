@@ -92,6 +92,15 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     return [stand_ins[p] for p in params]
 
 
+def steps_by_parameter(base: Optimizer) -> bool:
+    """Return whether steps on parts of the parameters are one step on all, and can be repeated.
+
+    The optimizers that do not read the parameters keep all they know in a state for each of them.
+    """
+    watched = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    return type(base) in _INDEPENDENT_OF_PARAMS and not watched
+
+
 @contextmanager
 def _stepping_on(
     base: Optimizer, stand_ins: dict[Tensor, Tensor], *, without_decay: bool

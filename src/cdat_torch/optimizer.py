@@ -18,7 +18,7 @@ from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint
-from cdat_torch.base_state import SavedState
+from cdat_torch.base_state import tentative_step
 from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
 from cdat_torch.distributed import Replicas, refuse_sharded
@@ -52,8 +52,10 @@ class TunedOptimizer(Optimizer):
 
     If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
     averages of the tuner stay, and the count in `last` grows. That test reads one number from the
-    device in each step. The same holds if only the curvature is not finite: for that the state of
-    the base is copied in each step that measures it.
+    device in each step. The same holds if only the curvature is not finite. For that the base takes
+    a step that measures it twice: first on copies of its state, some parameters at a time, and for
+    good when the measurement is known. Adafactor, optimizers of other packages, and those that have
+    step hooks step once, and a copy of their whole state is held meanwhile.
 
     Trainers, clipping and accumulation need no closure: call `backward` in the place of
     ``loss.backward()``, then ``step()``.
@@ -338,9 +340,9 @@ class TunedOptimizer(Optimizer):
             self._conclude(value, None, None, torch.zeros_like(self._rate), skip=True)
             return value
 
-        saved = SavedState(self.base) if self._rule.measures else None
+        tentative = tentative_step(self.base, params) if self._rule.measures else None
         try:
-            direction = base_direction(self.base, params)
+            direction = tentative.direction if tentative else base_direction(self.base, params)
             weights, factors = weights_and_factors(self.param_groups, params)
             scale_in_place(direction, weights)
             if self._rule.along_step:
@@ -351,11 +353,11 @@ class TunedOptimizer(Optimizer):
             if not self._rule.along_step:
                 scale_in_place(direction, factors)
         except BaseException:
-            if saved is not None:
-                saved.restore(self.base)
+            if tentative:
+                tentative.undo()
             raise
-        if saved is not None:
-            saved.restore_where(self.base, skip)
+        if tentative:
+            tentative.conclude(skip)
         move(params, direction, rate, skip=skip)
         self._conclude(value, slope, curvature, rate, skip=skip)
         return value
