@@ -131,20 +131,28 @@ def finite_difference_hvp(
     Squared lengths must stay in the range of the scalars: in float32, ``|w|`` below 1e19 and the
     length of v between 1e-19 and 1e19. A shorter or longer v gives the zero vector.
     """
+    size = displacement(params, step=step, space=space)
+
+    def hvp(v: V, /) -> V:
+        h = size(v)
+        forward = grad_fn(space.add_scale(params, h, v))
+        backward = grad_fn(space.add_scale(params, -h, v))
+        return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
+
+    return hvp
+
+
+def displacement(
+    params: V, *, step: float | None = None, space: InnerProductSpace[V]
+) -> Callable[[V], Scalar]:
+    """Return ``v -> h``, the factor of `finite_difference_hvp`; 0 for the zero vector."""
     if step is not None:
         step = _validation.positive("step", step)
     params_norm = sqrt_nonnegative(space.vdot(params, params))
     xp = namespace(params_norm)
     relative = float(xp.finfo(params_norm.dtype).eps) ** (1 / 3) if step is None else step
     length = relative * xp.where(params_norm > 1, params_norm, xp.ones_like(params_norm))
-
-    def hvp(v: V, /) -> V:
-        h = length * safe_reciprocal(sqrt_nonnegative(space.vdot(v, v)))
-        forward = grad_fn(space.add_scale(params, h, v))
-        backward = grad_fn(space.add_scale(params, -h, v))
-        return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
-
-    return hvp
+    return lambda v: length * safe_reciprocal(sqrt_nonnegative(space.vdot(v, v)))
 
 
 def preconditioned(

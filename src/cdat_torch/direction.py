@@ -66,7 +66,7 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     for group in base.param_groups:
         for p in group["params"]:
             if p in stand_ins:
-                stand_ins[p].grad = _gradient_with_decay(base, group, p) if exact else p.grad
+                stand_ins[p].grad = _gradient_for(base, group, p)
     versions = [p._version for p in params]
     with _stepping_on(base, stand_ins, without_decay=limited):
         base.step()
@@ -90,6 +90,15 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     for stand_in in stand_ins.values():
         stand_in.grad = None
     return [stand_ins[p] for p in params]
+
+
+def steps_by_parameter(base: Optimizer) -> bool:
+    """Return whether steps on parts of the parameters are one step on all, and can be repeated.
+
+    The optimizers that do not read the parameters keep all they know in a state for each of them.
+    """
+    watched = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    return type(base) in _INDEPENDENT_OF_PARAMS and not watched
 
 
 @contextmanager
@@ -124,9 +133,16 @@ def _decouples_decay(base: Optimizer, group: dict[str, Any]) -> bool:
     return isinstance(base, _DECOUPLED) or bool(group.get("decoupled_weight_decay"))
 
 
-def _gradient_with_decay(base: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
-    """Return the gradient plus the coupled decay, which the optimizer cannot see in a zero."""
+def _gradient_for(base: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
+    """Return the gradient the base is to see, as a copy if it may write into it.
+
+    For those that step on zeros it contains the coupled decay, which they cannot see there.
+    """
+    if p.grad is None:
+        return None
+    exact = type(base) in _INDEPENDENT_OF_PARAMS
     decay = group.get("weight_decay", 0.0)
-    if p.grad is None or not decay or _decouples_decay(base, group):
-        return p.grad
-    return torch.add(p.grad, p.detach(), alpha=-decay if group.get("maximize") else decay)
+    if exact and decay and not _decouples_decay(base, group):
+        return torch.add(p.grad, p.detach(), alpha=-decay if group.get("maximize") else decay)
+    # The foreach implementation of Nesterov's momentum adds the momentum to the gradient itself.
+    return p.grad if exact and not group.get("nesterov") else p.grad.clone()

@@ -95,12 +95,13 @@ def scale_in_place(tensors: list[Tensor], factors: list[float]) -> None:
 def move(params: list[Tensor], step: list[Tensor], rate: Tensor, *, skip: Tensor) -> None:
     """Add ``rate * step`` to the parameters, or nothing at all where `skip` holds.
 
-    `step` is overwritten. The mask, and not the rate 0 alone, keeps a non-finite step out; where
-    reading `skip` costs nothing, the usual step is spared the mask.
+    `step` may be overwritten. Where reading `skip` costs nothing, nothing is added; else the mask,
+    and not the rate 0 alone, keeps a non-finite step out.
     """
-    masked = skip.device.type != "cpu" or bool(skip)
+    if skip.device.type == "cpu":
+        if not bool(skip):
+            torch._foreach_add_(params, step, alpha=float(rate))
+        return
     for u in step:
-        u.mul_(rate.to(u.device))
-        if masked:
-            u.masked_fill_(skip.to(u.device), 0.0)
+        u.mul_(rate.to(u.device)).masked_fill_(skip.to(u.device), 0.0)
     torch._foreach_add_(params, step)

@@ -6,7 +6,8 @@ after the other (`MicroBatches`). Both know the slope and the curvature along a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -42,9 +43,27 @@ class Gradient(NamedTuple):
     variables: list[Tensor]
     grads: list[Tensor]
 
+    @property
+    def gathered(self) -> bool:
+        """Whether modules gathered variables for a second derivative."""
+        return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
+
+    @contextmanager
+    def only_exact(self) -> Iterator[None]:
+        """Say what to do if gathered variables have no second derivative.
+
+        Differences cannot take over: the modules would undo a displacement of what they gathered.
+        """
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            if self.gathered:
+                error.add_note('for modules under fully_shard pass curvature="finite_difference"')
+            raise
+
     def along(self, direction: Direction) -> Direction:
         """Return u, given by parameter, by variable."""
-        if not any(v is not p for v, p in zip(self.variables, self.params, strict=True)):
+        if not self.gathered:
             return direction
         gathered(self.params)
         u = spread_out([direction[p] for p in self.params], self.variables)
@@ -119,14 +138,14 @@ class ClosureLoss:
 
     def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self.gradient.only_exact():
             return directional_curvature(
                 self.closure,
                 self.loss,
                 self.gradient.grads,
                 self.gradient.variables,
                 [along[v] for v in self.gradient.variables],
-                method=method,
+                method="hessian" if self.gradient.gathered else method,
                 start=self.start,
             )
 
@@ -137,7 +156,8 @@ class ClosureLoss:
         along, (_, variables, grads) = self.along(direction), self.gradient
         u = [along[v] for v in variables]
         point = Point(self.closure, self.loss, grads, variables, u, self.start)
-        with torch.enable_grad():
+        method = "hessian" if self.gradient.gathered else method
+        with torch.enable_grad(), self.gradient.only_exact():
             product, used = hessian_product(point, method=method, retain_graph=retain_graph)
         return self.gradient.by_param(product), used
 

@@ -6,17 +6,18 @@ an evaluated `Point` into <u, C u>. To add one, write it and name it in `BY_NAME
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-import cdat_core
+from cdat_core._arrays import safe_reciprocal
+from cdat_core.curvature import displacement
 from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import LossFn, differentiate, evaluate, vector_jacobian
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
-from cdat_torch.reevaluation import RandomState, moved, without_trace
+from cdat_torch.reevaluation import RandomState, displace, put_back, without_trace
 from cdat_torch.spaces import TensorListSpace
 
 
@@ -111,26 +112,46 @@ class FiniteDifference:
 
     def curvature(self, point: Point) -> Tensor:
         """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
-        return TensorListSpace().vdot(point.direction, self.product(point, retain_graph=False))
+        space, h = TensorListSpace(), self._displacement(point)
+        forward, backward = (space.vdot(c, point.direction) for c in self._changes(point, h))
+        curvature: Tensor = (forward - backward) * (0.5 * safe_reciprocal(h))
+        return curvature
 
-    def product(self, point: Point, *, retain_graph: bool) -> Sequence[Tensor]:
+    def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
         """Return the difference quotient of g; there is no graph to retain."""
         del retain_graph
-        params, space = point.params, TensorListSpace()
+        space, h = TensorListSpace(), self._displacement(point)
+        forward, backward = self._changes(point, h)
+        return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
 
-        def gradient_at(values: Sequence[Tensor]) -> list[Tensor]:
-            with moved(params, values), without_trace(params, point.start):
-                loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
-                _, found = differentiate(loss, params, create_graph=False)
-            return [
-                torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)
-            ]
-
-        here = [p.detach().clone() for p in params]
+    def _displacement(self, point: Point) -> Tensor:
         # the relative displacement that balances truncation and rounding of the gradients
-        step = float(max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3))
-        product = cdat_core.finite_difference_hvp(gradient_at, here, step=step, space=space)
-        return product(list(point.direction))
+        step = float(max(torch.finfo(p.dtype).eps for p in point.params) ** (1 / 3))
+        here = [p.detach() for p in point.params]
+        h: Tensor = displacement(here, step=step, space=TensorListSpace())(list(point.direction))
+        return h
+
+    def _changes(self, point: Point, h: Tensor) -> Iterator[list[Tensor]]:
+        """Yield g(here + h u) - g(here) and g(here - h u) - g(here).
+
+        Of the slopes alone little would be left in their difference but rounding errors.
+        """
+        here = [p.detach().clone() for p in point.params]
+        with put_back(point.params, here):
+            for factor in (h, -h):
+                displace(point.params, here, factor, point.direction)
+                yield self._change(point)
+
+    def _change(self, point: Point) -> list[Tensor]:
+        """Return what the gradient at the present parameters is more than that of the point."""
+        with without_trace(point.params, point.start):
+            loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
+            found = list(differentiate(loss, point.params, create_graph=False)[1])
+        change = []
+        for here_g in point.grads:  # one after the other: there is memory for one list
+            there_g = found.pop(0)
+            change.append(-here_g.detach() if there_g is None else there_g - here_g.detach())
+        return change
 
 
 BY_NAME: dict[str, Method] = {

@@ -18,7 +18,7 @@ from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint
-from cdat_torch.base_state import SavedState
+from cdat_torch.base_state import tentative_step
 from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
 from cdat_torch.distributed import Replicas
@@ -55,8 +55,10 @@ class TunedOptimizer(Optimizer):
 
     If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
     averages of the tuner stay, and the count in `last` grows. That test reads one number from the
-    device in each step. The same holds if only the curvature is not finite: for that the state of
-    the base is copied in each step that measures it.
+    device in each step. The same holds if only the curvature is not finite. For that the base takes
+    a step that measures it twice: first on copies of its state, some parameters at a time, and for
+    good when the measurement is known. Adafactor, optimizers of other packages, and those that have
+    step hooks step once, and a copy of their whole state is held meanwhile.
 
     Trainers, clipping and accumulation need no closure: call `backward` in the place of
     ``loss.backward()``, then ``step()``.
@@ -372,9 +374,11 @@ class TunedOptimizer(Optimizer):
             self._conclude(value, None)
             return value
 
-        saved = SavedState(self.base) if self._rule.measures else None
+        tentative = None
+        if self._rule.measures:
+            tentative = tentative_step(self.base, params, read=self._rule.tracker is not None)
         try:
-            direction = base_direction(self.base, params)
+            direction = tentative.direction if tentative else base_direction(self.base, params)
             step = locals_of(direction)  # what is done in place is done to these
             weights, factors = weights_and_factors(self.param_groups, params)
             scale_in_place(step, weights)
@@ -386,11 +390,11 @@ class TunedOptimizer(Optimizer):
             if not self._rule.along_step:
                 scale_in_place(step, factors)
         except BaseException:
-            if saved is not None:
-                saved.restore(self.base)
+            if tentative:
+                tentative.undo()
             raise
-        if saved is not None:
-            saved.restore_where(self.base, decision.skip)
+        if tentative:
+            tentative.conclude(decision.skip)
         move(locals_of(params), step, decision.rate, skip=decision.skip)
         self._conclude(value, decision)
         return value

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cdat_torch.differentiability import eager
 from cdat_torch.fully_sharded import release
+from cdat_torch.sharding import locals_of
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
 
@@ -99,12 +100,18 @@ def _expect_hooks_of_compiled_modules() -> None:
 @contextmanager
 def moved(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Give `params` other values; afterwards they are restored bit for bit, also after an error."""
-    saved = [p.detach().clone() for p in params]
-    try:
+    with put_back(params, [p.detach().clone() for p in params]):
         assign(params, values)
         yield
+
+
+@contextmanager
+def put_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Copy `values` into `params` at the end of the block, also after an error."""
+    try:
+        yield
     finally:
-        assign(params, saved)
+        assign(params, values)
 
 
 def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -112,5 +119,21 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(params, values, strict=True):
             p.copy_(value)
+    _changed(params)
+
+
+def displace(
+    params: Sequence[Tensor], here: Sequence[Tensor], factor: Tensor, direction: Sequence[Tensor]
+) -> None:
+    """Set `params` to ``here + factor * direction`` in place."""
+    with torch.no_grad():
+        parts = (locals_of(tensors) for tensors in (params, here, direction))
+        for p, w, u in zip(*parts, strict=True):
+            torch.mul(u, factor.to(u.device), out=p).add_(w)  # addcmul would round the factor
+    _changed(params)
+
+
+def _changed(params: Sequence[Tensor]) -> None:
+    """Drop what is derived from the parameters."""
     release(params)  # modules may hold gathered copies, autocast some in low precision
     torch.clear_autocast_cache()

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.autograd.function import once_differentiable
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -139,10 +140,30 @@ def low_precision(rank, size):
     return losses, float(optimizer.last.curvature)
 
 
+class Square(torch.autograd.Function):
+    """Without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
 def refused(rank, size):
     model, x, y, _ = prepared(size, "fsdp")
     with pytest.raises(ValueError, match="gauss_newton"):
         CDAT(torch.optim.SGD(model.parameters(), lr=1.0), curvature="gauss_newton")
+    optimizer = CDAT(torch.optim.SGD(model.parameters(), lr=1.0))
+    before = flat(model)
+    with pytest.raises(NotImplementedError) as error:
+        optimizer.step(lambda: Square.apply(model(x)).mean())
+    assert "finite_difference" in error.value.__notes__[0]
+    assert torch.equal(before, flat(model))
     model, x, y, _ = prepared(size, "tensor")
     before = flat(model)
     optimizer = CDAT(torch.optim.SGD(model.parameters(), lr=1.0))

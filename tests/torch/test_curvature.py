@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -122,6 +123,33 @@ def test_finite_differences_match_double_backward_on_a_smooth_network() -> None:
     difference = measure(lambda: model(x).square().mean(), params, u, curvature="finite_difference")
     torch.testing.assert_close(difference.curvature, exact.curvature, rtol=1e-7, atol=0)
     torch.testing.assert_close(difference.slope, exact.slope)
+
+
+def test_finite_differences_of_a_steep_loss_in_float32() -> None:
+    """The slopes are thousands of times their difference: they must not be rounded to float32.
+
+    On a quadratic there is no truncation. What remains is the rounding of the gradients, here
+    about 1e-5; inner products in float32 alone gave 1e-3.
+    """
+    a, b, u = (torch.rand(2**16) for _ in range(3))
+    w = torch.randn(2**16, requires_grad=True)
+    loss_fn = lambda: (0.5 * a * w**2 + 100 * b * w).sum()
+    curvature = measure(loss_fn, [w], [u], curvature="finite_difference").curvature
+    torch.testing.assert_close(curvature, (a.double() * u.double() ** 2).sum(), rtol=5e-5, atol=0)
+
+
+def test_finite_differences_hold_one_copy_of_the_parameters_and_one_gradient() -> None:
+    w = torch.randn(2**18, requires_grad=True)
+    u, held = [torch.randn(2**18)], []
+
+    def loss_fn() -> Tensor:
+        tensors = [t for t in gc.get_objects() if type(t) is Tensor]
+        held.append(len({t.data_ptr() for t in tensors if t.numel() == w.numel()} - known))
+        return (w**4).sum()
+
+    known = {u[0].data_ptr(), w.data_ptr()}
+    measure(loss_fn, [w], u, curvature="finite_difference")
+    assert held == [0, 2, 2]
 
 
 @pytest.mark.parametrize(

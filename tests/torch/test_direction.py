@@ -8,8 +8,39 @@ import pytest
 import torch
 
 from cdat_core import tuners
-from cdat_torch import TunedOptimizer
+from cdat_torch import CDAT, TunedOptimizer
 from tests.torch.models import mlp, parameters
+
+
+class WritesIntoGradients(torch.optim.SGD):
+    """Adds its decay to the gradient in place, as many optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.add_(p, alpha=0.5)
+        super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True, foreach=True),
+        WritesIntoGradients,
+    ],
+    ids=["nesterov", "custom"],
+)
+def test_the_slope_is_that_of_the_loss_where_the_base_overwrites_gradients(make: Any) -> None:
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(make([w]), initial_learning_rate=1e-3, max_learning_rate=1e-3)
+    for _ in range(3):
+        before = w.detach().clone()
+        optimizer.step(lambda: (w**4).sum())
+        u = (w.detach() - before) / float(optimizer.last.learning_rate)
+        assert torch.equal(w.grad, 4 * before**3)
+        torch.testing.assert_close(optimizer.last.slope, 4 * before**3 @ u)
+        torch.testing.assert_close(optimizer.last.curvature, 12 * before**2 @ u**2)
 
 
 def test_the_base_keeps_its_state_under_its_own_parameters() -> None:

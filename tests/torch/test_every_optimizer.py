@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from cdat_core import tuners
-from cdat_torch import TunedOptimizer
+from cdat_torch import CDAT, TunedOptimizer, base_state
 from cdat_torch.direction import base_direction
 from tests.torch.models import mlp
 
@@ -262,6 +262,52 @@ def test_the_bounds_of_rprop_are_in_units_of_the_rate() -> None:
     sizes = torch.cat([state["step_size"].flatten() for state in bare.state.values()])
     assert bool((sizes == bounds[0]).any())
     assert bool((sizes == bounds[1]).any())
+
+
+@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
+    c: Callable[..., Optimizer],
+    chosen: dict[str, Any],
+    hooked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, whether the base steps twice, part by part, or once and its state is held."""
+    monkeypatch.setattr(base_state, "_SMALL", 1)
+    params = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (2, 3), (4, 4))]
+    params = [p.requires_grad_() for p in params]
+    bare_params = [p.detach().clone().requires_grad_() for p in params]
+    bare = c(bare_params, lr=1.0, **chosen)
+    base = c(params, **chosen)
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    if hooked:
+        base.register_step_post_hook(count)
+    tuned = CDAT(base, max_learning_rate=1e-2, initial_learning_rate=1e-2)
+
+    def loss() -> Tensor:
+        return sum(((p - 0.3) ** 4).sum() for p in params)  # type: ignore[return-value]
+
+    for good in (False, True, True, False, True, True):
+        before = [p.detach().clone() for p in params]
+        # |x| ** 1.5 at zero: no value, no gradient, an infinite curvature
+        kink = lambda at=before[1][0, 0]: (params[1][0, 0] - at).abs() ** 1.5
+        tuned.step(loss if good else lambda: loss() + kink())  # noqa: B023
+        assert bool(torch.isfinite(tuned.last.curvature)) == good
+        assert good or all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        if good:
+            for q, b in zip(bare_params, before, strict=True):
+                q.detach().copy_(b)
+                q.grad = 4 * (b - 0.3) ** 3
+            bare.step()
+        assert len(base.state) == len(bare.state)
+        for p, q in zip(params, bare_params, strict=True):
+            torch.testing.assert_close(dict(base.state[p]), dict(bare.state[q]), rtol=0, atol=0)
+    assert steps == (6 if hooked else 0)
 
 
 # Adafactor reads the parameters, and its direction is what is left of a difference.

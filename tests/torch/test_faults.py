@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,8 @@ import torch
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
+from cdat_torch.base_state import tentative_step
+from cdat_torch.direction import base_direction
 from tests.torch.models import mlp
 
 
@@ -100,6 +103,58 @@ def test_a_curvature_that_is_not_finite_leaves_the_state_of_the_base() -> None:
     assert_same(before, snapshot(optimizer))
     assert optimizer.state[w]["exp_avg"] is held
     assert int(optimizer.last.skipped) == 3
+
+
+class Unread:
+    """A truth value on an accelerator: whoever reads it would wait for the device."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, value: bool) -> None:
+        self.value = torch.tensor(value)
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        return self.value.to(device)
+
+    def __bool__(self) -> bool:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_on_an_accelerator_the_state_is_kept_or_not_without_reading_why(hooked: bool) -> None:
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    bases = []
+    for _ in range(2):
+        base = torch.optim.Adam(model.parameters())
+        if hooked:
+            base.register_step_post_hook(lambda *_: None)
+        bases.append(base)
+    base, bare = bases
+    model(x).square().mean().backward()
+    params = list(model.parameters())
+    tentative_step(base, params).conclude(torch.tensor(False))  # the step that creates the state
+    base_direction(bare, params)
+    for skip in (False, True, False):
+        tentative_step(base, params).conclude(Unread(skip))  # type: ignore[arg-type]
+        if not skip:
+            base_direction(bare, params)
+        for p in params:
+            torch.testing.assert_close(dict(base.state[p]), dict(bare.state[p]), rtol=0, atol=0)
+
+
+def test_a_measurement_holds_no_copy_of_the_state_of_the_base() -> None:
+    """Beside Adam's two averages: the parameters and a copy of them, gradient and direction."""
+    w, held = torch.randn(2**18, requires_grad=True), []
+    optimizer = CDAT(torch.optim.Adam([w]), curvature="finite_difference", max_learning_rate=1e-3)
+
+    def closure() -> torch.Tensor:
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        held.append(len({t.data_ptr() for t in [w, *tensors] if t.numel() == w.numel()}))
+        return (w**4).sum()
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert held == [1, 4, 4, 4, 6, 6]
 
 
 @pytest.mark.parametrize("bad", ["loss", "curvature"])
