@@ -72,7 +72,7 @@ class HeldStep:
 
 
 def tentative_step(
-    base: Optimizer, params: Sequence[Tensor], *, read: bool
+    base: Optimizer, params: Sequence[Tensor], *, read: bool = False
 ) -> RehearsedStep | HeldStep:
     """Return the step of the base on `params`: its direction, and how to `undo` or `conclude` it.
 

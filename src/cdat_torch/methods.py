@@ -6,8 +6,8 @@ an evaluated `Point` into <u, C u>. To add one, write it and name it in `BY_NAME
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from cdat_torch.differentiation import LossFn, differentiate, evaluate, vector_j
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
 from cdat_torch.reevaluation import RandomState, displace, put_back, without_trace
 from cdat_torch.spaces import TensorListSpace
+
+T = TypeVar("T")
 
 
 class Point(NamedTuple):
@@ -113,7 +115,7 @@ class FiniteDifference:
     def curvature(self, point: Point) -> Tensor:
         """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
         space, h = TensorListSpace(), self._displacement(point)
-        forward, backward = (space.vdot(c, point.direction) for c in self._changes(point, h))
+        forward, backward = self._changes(point, h, lambda c: space.vdot(c, point.direction))
         curvature: Tensor = (forward - backward) * (0.5 * safe_reciprocal(h))
         return curvature
 
@@ -121,7 +123,7 @@ class FiniteDifference:
         """Return the difference quotient of g; there is no graph to retain."""
         del retain_graph
         space, h = TensorListSpace(), self._displacement(point)
-        forward, backward = self._changes(point, h)
+        forward, backward = self._changes(point, h, lambda change: change)
         return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
 
     def _displacement(self, point: Point) -> Tensor:
@@ -131,16 +133,19 @@ class FiniteDifference:
         h: Tensor = displacement(here, step=step, space=TensorListSpace())(list(point.direction))
         return h
 
-    def _changes(self, point: Point, h: Tensor) -> Iterator[list[Tensor]]:
-        """Yield g(here + h u) - g(here) and g(here - h u) - g(here).
+    def _changes(self, point: Point, h: Tensor, keep: Callable[[list[Tensor]], T]) -> tuple[T, T]:
+        """Return what `keep` makes of g(here + h u) - g(here) and of g(here - h u) - g(here).
 
         Of the slopes alone little would be left in their difference but rounding errors.
         """
         here = [p.detach().clone() for p in point.params]
+
+        def at(factor: Tensor) -> T:
+            displace(point.params, here, factor, point.direction)
+            return keep(self._change(point))
+
         with put_back(point.params, here):
-            for factor in (h, -h):
-                displace(point.params, here, factor, point.direction)
-                yield self._change(point)
+            return at(h), at(-h)
 
     def _change(self, point: Point) -> list[Tensor]:
         """Return what the gradient at the present parameters is more than that of the point."""
