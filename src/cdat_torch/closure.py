@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdat_torch.differentiability import anything_compiled
 from cdat_torch.differentiation import LossFn, evaluate, gradients
 from cdat_torch.losses import ClosureLoss
 from cdat_torch.methods import method_named
-from cdat_torch.reevaluation import random_state
+from cdat_torch.reevaluation import Trace
 from cdat_torch.spaces import scalar_dtype
 
 
@@ -20,6 +21,8 @@ def evaluate_closure(
     closure: Any, params: Sequence[Tensor], *, differentiated_twice: bool
 ) -> Tensor:
     """Call the closure, and refuse a loss whose graph backward has already consumed.
+
+    The ``.grad`` of all `params` is None before.
 
     Raises
     ------
@@ -32,30 +35,24 @@ def evaluate_closure(
         msg = f"closure must be a function that returns the loss, got {closure!r}"
         raise TypeError(msg)
     loss_fn: LossFn = closure
-    before = [(p.grad, _version(p.grad)) for p in params]
 
     def checked() -> Tensor:
         loss = loss_fn()
-        for p, (grad, version) in zip(params, before, strict=True):
-            if p.grad is None or (p.grad is grad and _version(p.grad) == version):
-                continue
-            if bool(torch.any(p.grad != 0)):  # zero_grad(set_to_none=False) changes it as well
-                msg = (
-                    "closure must return the loss without calling backward, but it changed p.grad;"
-                    " remove loss.backward() and end with `return loss`: the optimizer"
-                    " differentiates it"
-                )
-                raise TypeError(msg)
+        if any(p.grad is not None and bool(torch.any(p.grad != 0)) for p in params):
+            msg = (
+                "closure must return the loss without calling backward, but it changed p.grad;"
+                " remove loss.backward() and end with `return loss`: the optimizer"
+                " differentiates it"
+            )
+            raise TypeError(msg)
         return loss
 
     return evaluate(checked, "closure", differentiated_twice=differentiated_twice)
 
 
-def _version(grad: Tensor | None) -> int | None:
-    return None if grad is None else grad._version
-
-
-def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> ClosureLoss:
+def closure_loss(
+    closure: Any, params: Sequence[Tensor], method: str | None, trace: Trace
+) -> ClosureLoss:
     """Evaluate the closure and its gradient, the latter also in ``p.grad``.
 
     Parameters
@@ -66,20 +63,22 @@ def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> 
         All that require a gradient.
     method : str or None
         How the curvature is to be measured, if it is.
+    trace : Trace
+        It takes note of what the evaluation changes.
     """
     refuse_grad_scaler()
     twice = False
     if method is not None:
         method_named(method).check(closure, "closure")
         twice = method_named(method).differentiated_twice
-    start = random_state(params)
-    loss = evaluate_closure(closure, params, differentiated_twice=twice)
+    with trace.recorded(buffers=twice or not anything_compiled()):
+        loss = evaluate_closure(closure, params, differentiated_twice=twice)
     with torch.enable_grad():
         grads = gradients(loss, params, create_graph=twice)
     for p, g in zip(params, grads, strict=True):
         p.grad = None if g is None else g.detach()
     pairs = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-    return ClosureLoss(closure, start, loss, [p for p, _ in pairs], [g for _, g in pairs])
+    return ClosureLoss(closure, trace.start, loss, [p for p, _ in pairs], [g for _, g in pairs])
 
 
 def refuse_grad_scaler() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cdat_core
-from cdat_torch.differentiability import refuse_once_differentiable
+from cdat_torch.differentiability import anything_compiled, refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
     check_scalar,
@@ -27,7 +27,7 @@ from cdat_torch.differentiation import (
 )
 from cdat_torch.gauss_newton import first_line
 from cdat_torch.methods import AUTO, BY_NAME, METHODS, Point, method_named
-from cdat_torch.reevaluation import RandomState, random_state
+from cdat_torch.reevaluation import RandomState, undone_on_error
 from cdat_torch.spaces import TensorListSpace
 
 __all__ = [
@@ -129,15 +129,18 @@ def measure(
     _check_direction(params, direction)
     check_loss(loss_fn, "loss_fn", method=curvature)
     space = TensorListSpace()
-    start = random_state(params)
     twice = differentiated_twice(curvature)
-    loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
-    grads = gradients(loss, params, create_graph=twice)
-    present = [i for i, g in enumerate(grads) if g is not None]
-    w, u = [params[i] for i in present], [direction[i] for i in present]
-    g = [grad for grad in grads if grad is not None]
-    slope = space.vdot([grad.detach() for grad in g], u)
-    second, _ = directional_curvature(loss_fn, loss, g, w, u, method=curvature, start=start)
+    with undone_on_error(params) as trace:
+        with trace.recorded(buffers=twice or not anything_compiled()):
+            loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
+        grads = gradients(loss, params, create_graph=twice)
+        present = [i for i, g in enumerate(grads) if g is not None]
+        w, u = [params[i] for i in present], [direction[i] for i in present]
+        g = [grad for grad in grads if grad is not None]
+        slope = space.vdot([grad.detach() for grad in g], u)
+        second, _ = directional_curvature(
+            loss_fn, loss, g, w, u, method=curvature, start=trace.start
+        )
     return cdat_core.Measurement(loss.detach().to(slope), slope, second)
 
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from cdat_torch.differentiability import further_differentiable, is_reentrant_checkpoint
+from cdat_torch.interrupts import let_through
 
 LossFn = Callable[[], Tensor]
 
 
 def evaluate(loss_fn: LossFn, argument: str, *, differentiated_twice: bool) -> Tensor:
     """Call the user's loss with gradients on and check what comes back."""
-    with torch.enable_grad(), further_differentiable() if differentiated_twice else nullcontext():
+    kernels = further_differentiable() if differentiated_twice else nullcontext()
+    with torch.enable_grad(), kernels, let_through():
         loss = loss_fn()
     check_scalar(loss, argument)
     if not loss.requires_grad:
@@ -53,7 +55,7 @@ def gradients(
         msg = "params must hold at least one tensor that requires grad, got none"
         raise ValueError(msg)
     try:
-        with further_differentiable() if create_graph else nullcontext():
+        with further_differentiable() if create_graph else nullcontext(), let_through():
             found = torch.autograd.grad(
                 loss, trainable, create_graph=create_graph, allow_unused=True
             )
@@ -84,7 +86,7 @@ def vector_jacobian(
     trainable = [x for x in inputs if x.requires_grad]
     if not pairs or not trainable:  # what is differentiated is constant
         return [torch.zeros_like(x) for x in inputs]
-    with further_differentiable():
+    with further_differentiable(), let_through():
         found = torch.autograd.grad(
             [y for y, _ in pairs],
             trainable,

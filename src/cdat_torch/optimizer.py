@@ -31,7 +31,9 @@ from cdat_torch.groups import (
     scale_in_place,
     weights_and_factors,
 )
+from cdat_torch.interrupts import held
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
+from cdat_torch.reevaluation import Trace, undone_on_error
 from cdat_torch.rules import SearchRule, TunerRule, rule
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
@@ -251,17 +253,17 @@ class TunedOptimizer(Optimizer):
             raise ValueError(msg)
         params = self._trainable()
         batches = self._micro_batches
-        batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler)
-        batches.reduced = self._replicas.size == 1
-        if sync and not batches.reduced:
-            assert batches.value is not None
-            batches.reduce_value(self._replicas.average_gradients(params, batches.value))
+        with held():
+            batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler)
+            batches.reduced = self._replicas.size == 1
+            if sync and not batches.reduced:
+                assert batches.value is not None
+                batches.reduce_value(self._replicas.average_gradients(params, batches.value))
 
     @overload  # type: ignore[override]
     def step(self, closure: Callable[[], Any]) -> Tensor: ...
     @overload
     def step(self, closure: None = None) -> Tensor | None: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """Take one step.
 
@@ -286,31 +288,40 @@ class TunedOptimizer(Optimizer):
             If the loss is not a scalar or does not depend on the parameters.
         RuntimeError
             If `max_consecutive_skips` steps in a row were skipped.
+
+        Notes
+        -----
+        A step is taken wholly or not at all. If the closure raises in any call or Ctrl-C comes in
+        between, parameters, ``.grad``, the state of the base, averages, buffers and random state
+        are as before, bit for bit; only buffers that compiled modules moved in the first call are
+        not. Earlier gradients are kept for that during the step: `zero_grad` spares their memory.
         """
-        try:
-            evaluation = self._evaluated(closure)
-            if evaluation is None:
-                self.base.step()
-                return None
-            value = self._advance(evaluation)
-            if isinstance(evaluation, ClosureLoss) and value is not None:
-                return value.to(evaluation.loss.dtype)
-            return value
-        finally:
-            self._micro_batches = MicroBatches()
+        params = [] if closure is None else self._trainable()
+        with undone_on_error(params) as trace, torch.no_grad():
+            try:
+                evaluation = self._evaluated(closure, trace)
+                if evaluation is None:
+                    self.base.step()
+                    return None
+                value = self._advance(evaluation)
+            finally:
+                self._micro_batches = MicroBatches()
+        self._refuse_many_skips()
+        if isinstance(evaluation, ClosureLoss) and value is not None:
+            return value.to(evaluation.loss.dtype)
+        return value
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _evaluated(self, closure: Callable[[], Any] | None) -> StepLoss | None:
+    def _evaluated(self, closure: Callable[[], Any] | None, trace: Trace) -> StepLoss | None:
         """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
         if closure is not None:
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
-            return closure_loss(
-                closure, self._trainable(), self._rule.method if self._rule.measures else None
-            )
+            method = self._rule.method if self._rule.measures else None
+            return closure_loss(closure, self._trainable(), method, trace)
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -338,7 +349,8 @@ class TunedOptimizer(Optimizer):
             self._conclude(value, None, None, torch.zeros_like(self._rate), skip=True)
             return value
 
-        saved = SavedState(self.base) if self._rule.measures else None
+        may_fail = self._rule.measures or self._rule.needs_closure or self._replicas.size > 1
+        saved = SavedState(self.base) if may_fail else None
         try:
             direction = base_direction(self.base, params)
             weights, factors = weights_and_factors(self.param_groups, params)
@@ -369,13 +381,16 @@ class TunedOptimizer(Optimizer):
         *,
         skip: Tensor | bool,
     ) -> None:
-        """Record what the step measured and decided; raise after too many skips in a row."""
+        """Record what the step measured and decided."""
         self._rate = rate
         self._skipped = self._skipped + skip
         self._consecutive = (self._consecutive + 1) * skip
         for group in self.param_groups:
             group["tuned_lr"] = rate
         self.last = StepInfo(value, slope, curvature, rate, self._skipped)
+
+    def _refuse_many_skips(self) -> None:
+        """Raise after too many skips in a row."""
         limit = self._max_consecutive_skips
         if limit is not None and int(self._consecutive) >= limit:
             msg = (
