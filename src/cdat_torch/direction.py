@@ -60,7 +60,7 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     TypeError
         If `base` moved the parameters themselves: it keeps references of its own to them.
     """
-    exact = type(base) in _INDEPENDENT_OF_PARAMS
+    exact = independent_of_params(base)
     limited = type(base) is torch.optim.Adafactor
     stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
     for group in base.param_groups:
@@ -90,6 +90,14 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     for stand_in in stand_ins.values():
         stand_in.grad = None
     return [stand_ins[p] for p in params]
+
+
+def independent_of_params(base: Optimizer) -> bool:
+    """Return whether the step of `base` does not depend on the parameters but for weight decay.
+
+    Those optimizers keep tensors of the shape of the parameter, and single numbers.
+    """
+    return type(base) in _INDEPENDENT_OF_PARAMS
 
 
 @contextmanager
