@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch.sharding import local
+from cdat_torch.direction import independent_of_params
+from cdat_torch.sharding import all_agree, local
 
 _KEY = "tuner"
 _VECTOR = "sharpness_vector"
@@ -47,6 +48,7 @@ def split(
     state_dict: dict[str, Any], tuner_state: Any, groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], SavedTuner | None]:
     """Return the base's part of `state_dict` and the tuner's; None if it is a plain optimizer's."""
+    _check_structure(state_dict)
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     if len(saved_groups) != len(groups):
         msg = f"state_dict must hold {len(groups)} parameter groups, got {len(saved_groups)}"
@@ -61,14 +63,14 @@ def split(
         for saved, group in zip(saved_groups, groups, strict=True):
             saved.update({key: group[key] for key in ("lr", "direction_weight", "tuned_lr")})
         return {**state_dict, "param_groups": saved_groups}, None
-    for saved in (*saved_groups, *tuners):
-        _check_numbers(saved)
-    if set(tuners[0]) != set(SavedTuner._fields):
-        msg = f"state_dict must hold {SavedTuner._fields} of the tuner, got {tuple(tuners[0])}"
+    if not isinstance(tuners[0], dict) or set(tuners[0]) != set(SavedTuner._fields):
+        msg = f"state_dict must hold {SavedTuner._fields} of the tuner, got {tuners[0]!r}"
         raise ValueError(msg)
+    for saved in (*saved_groups, tuners[0]):
+        _check_numbers(saved)
     tuner = SavedTuner(**tuners[0])
     expected = None if tuner_state is None else set(tuner_state._fields)
-    found = None if tuner.state is None else set(tuner.state)
+    found = set(tuner.state) if isinstance(tuner.state, dict) else tuner.state
     if expected != found:
         msg = (
             f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
@@ -79,26 +81,40 @@ def split(
     return {**state_dict, "param_groups": saved_groups}, tuner
 
 
+def _check_structure(state_dict: Any) -> None:
+    """Raise a ValueError unless this is what optimizers call a state_dict."""
+    parts = state_dict if isinstance(state_dict, dict) else {}
+    groups = parts.get("param_groups")
+    if not isinstance(parts.get("state"), dict) or not isinstance(groups, list):
+        msg = f"state_dict must hold a dict 'state' and a list 'param_groups', got {state_dict!r}"
+        raise ValueError(msg)
+    for group in groups:
+        indices = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(indices, list) or not all(isinstance(i, int | str) for i in indices):
+            msg = f"state_dict['param_groups'] must hold dicts with a list 'params', got {group!r}"
+            raise ValueError(msg)
+
+
 def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
     """Raise a ValueError if the base's part of a checkpoint does not fit its parameters."""
     by_index = _by_index(state_dict, base)
+    for found, group in zip(state_dict["param_groups"], base.param_groups, strict=True):
+        for name in set(found) & set(base.defaults):
+            if not _is_like(found[name], group[name]):
+                msg = f"state_dict must hold a finite {name} like {group[name]}, got {found[name]}"
+                raise ValueError(msg)
     for index, state in state_dict["state"].items():
         if index not in by_index or not isinstance(state, dict):
             msg = f"state_dict['state'] must map parameters to dictionaries, got {index!r}"
             raise ValueError(msg)
         p = by_index[index]
         for name, value in state.items():
-            where = f"state_dict['state'][{index}][{name!r}]"
-            if isinstance(value, str) or (
-                isinstance(value, torch.Tensor) and not bool(torch.isfinite(local(value)).all())
-            ):
-                msg = f"{where} must be finite numbers, got {value!r}"
-                raise ValueError(msg)
-            present = base.state.get(p, {}).get(name)
-            if not (isinstance(value, torch.Tensor) and isinstance(present, torch.Tensor)):
-                continue
-            if value.shape != present.shape:
-                msg = f"{where} must have shape {tuple(present.shape)}, got {tuple(value.shape)}"
+            like = base.state.get(p, {}).get(name)
+            if like is None and independent_of_params(base):
+                like = torch.zeros(()) if name in _SCALARS else p
+            required = _misfit(name, value, like)
+            if required is not None:
+                msg = f"state_dict['state'][{index}][{name!r}] must be {required}, got {value!r}"
                 raise ValueError(msg)
 
 
@@ -148,8 +164,47 @@ def split_vector(
         vector[p] = part.detach().to(p, copy=True)
         if rest:  # an empty state tells the base that it has to begin
             state[index] = rest
-    known = any(bool(part.any()) for part in vector.values())
+    zero = not any(bool(local(part).any()) for part in vector.values())
+    known = not all_agree(zero, vector.values())
     return {**state_dict, "state": state}, vector if known else {}
+
+
+# What the optimizers of PyTorch keep: one number for all of a parameter, and squares or counts.
+_SCALARS = ("step", "mu_product")
+_NONNEGATIVE = (
+    *("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
+    *("step_size", "row_var", "col_var", "variance"),
+)
+
+
+def _misfit(name: str, value: Any, like: Any) -> str | None:
+    """Return what an entry of the state must be if `value` is not; `like` is one, if known."""
+    if not isinstance(value, torch.Tensor | int | float):
+        expected = isinstance(like, torch.Tensor | int | float) and value is not None
+        return "a number or a tensor" if expected or name in _SCALARS else None
+    numbers = torch.as_tensor(value)
+    if not bool(torch.isfinite(local(numbers)).all()):
+        return "finite"
+    if name in _NONNEGATIVE and bool((local(numbers) < 0).any()):
+        return "nonnegative"
+    if isinstance(like, torch.Tensor) and numbers.shape != like.shape:
+        return f"of shape {tuple(like.shape)}"
+    return None
+
+
+def _is_like(value: Any, present: Any) -> bool:
+    """Return whether a hyperparameter may take the place of the present one."""
+    if isinstance(present, tuple | list):
+        fits = isinstance(value, tuple | list) and len(value) == len(present)
+        return fits and all(map(_is_like, value, present))
+    flag = value is None or isinstance(value, bool)
+    if isinstance(present, bool):
+        return flag
+    number = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+    finite = number and torch.as_tensor(value).numel() == 1 and math.isfinite(value)
+    if isinstance(present, int | float | torch.Tensor):
+        return finite
+    return finite or flag or present is not None
 
 
 _RATES = ("lr", "direction_weight", "tuned_lr", "skipped", "until_refresh")

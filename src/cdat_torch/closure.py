@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdat_torch.differentiability import anything_compiled
 from cdat_torch.differentiation import LossFn, differentiate, evaluate
 from cdat_torch.fully_sharded import scattered
 from cdat_torch.losses import ClosureLoss, Gradient
 from cdat_torch.methods import method_named
-from cdat_torch.reevaluation import random_state
+from cdat_torch.reevaluation import Trace
 from cdat_torch.spaces import scalar_dtype
 
 
@@ -21,6 +22,8 @@ def evaluate_closure(
     closure: Any, params: Sequence[Tensor], *, differentiated_twice: bool
 ) -> Tensor:
     """Call the closure, and refuse a loss whose graph backward has already consumed.
+
+    The ``.grad`` of all `params` is None before.
 
     Raises
     ------
@@ -33,30 +36,24 @@ def evaluate_closure(
         msg = f"closure must be a function that returns the loss, got {closure!r}"
         raise TypeError(msg)
     loss_fn: LossFn = closure
-    before = [(p.grad, _version(p.grad)) for p in params]
 
     def checked() -> Tensor:
         loss = loss_fn()
-        for p, (grad, version) in zip(params, before, strict=True):
-            if p.grad is None or (p.grad is grad and _version(p.grad) == version):
-                continue
-            if bool(torch.any(p.grad != 0)):  # zero_grad(set_to_none=False) changes it as well
-                msg = (
-                    "closure must return the loss without calling backward, but it changed p.grad;"
-                    " remove loss.backward() and end with `return loss`: the optimizer"
-                    " differentiates it"
-                )
-                raise TypeError(msg)
+        if any(p.grad is not None and bool(torch.any(p.grad != 0)) for p in params):
+            msg = (
+                "closure must return the loss without calling backward, but it changed p.grad;"
+                " remove loss.backward() and end with `return loss`: the optimizer"
+                " differentiates it"
+            )
+            raise TypeError(msg)
         return loss
 
     return evaluate(checked, "closure", differentiated_twice=differentiated_twice)
 
 
-def _version(grad: Tensor | None) -> int | None:
-    return None if grad is None else grad._version
-
-
-def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> ClosureLoss:
+def closure_loss(
+    closure: Any, params: Sequence[Tensor], method: str | None, trace: Trace
+) -> ClosureLoss:
     """Evaluate the closure and its gradient, the latter also in ``p.grad``.
 
     Parameters
@@ -67,21 +64,23 @@ def closure_loss(closure: Any, params: Sequence[Tensor], method: str | None) -> 
         All that require a gradient.
     method : str or None
         How the curvature is to be measured, if it is.
+    trace : Trace
+        It takes note of what the evaluation changes.
     """
     refuse_grad_scaler()
     twice = False
     if method is not None:
         method_named(method).check(closure, "closure")
         twice = method_named(method).differentiated_twice
-    start = random_state(params)
-    loss = evaluate_closure(closure, params, differentiated_twice=twice)
+    with trace.recorded(buffers=twice or not anything_compiled()):
+        loss = evaluate_closure(closure, params, differentiated_twice=twice)
     with torch.enable_grad():
         variables, grads = differentiate(loss, params, create_graph=twice)
     for p, g in zip(params, scattered(params, variables, grads), strict=True):
         p.grad = g
     found = [(p, v, g) for p, v, g in zip(params, variables, grads, strict=True) if g is not None]
     return ClosureLoss(
-        closure, start, loss, Gradient(*(list(column) for column in zip(*found, strict=True)))
+        closure, trace.start, loss, Gradient(*(list(column) for column in zip(*found, strict=True)))
     )
 
 

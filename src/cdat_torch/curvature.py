@@ -18,7 +18,7 @@ from torch import Tensor
 
 import cdat_core
 from cdat_torch import fully_sharded
-from cdat_torch.differentiability import refuse_once_differentiable
+from cdat_torch.differentiability import anything_compiled, refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
     check_scalar,
@@ -36,7 +36,7 @@ from cdat_torch.methods import (
     method_named,
     method_with_product,
 )
-from cdat_torch.reevaluation import RandomState, random_state
+from cdat_torch.reevaluation import RandomState, undone_on_error
 from cdat_torch.spaces import TensorListSpace
 
 T = TypeVar("T")
@@ -144,19 +144,22 @@ def measure(
     _check_direction(params, direction)
     check_loss(loss_fn, "loss_fn", method=curvature)
     space = TensorListSpace()
-    start = random_state(params)
     twice = differentiated_twice(curvature)
     try:
-        loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
-        variables, grads = differentiate(loss, params, create_graph=twice)
-        direction = fully_sharded.spread_out(direction, variables)
-        present = [i for i, g in enumerate(grads) if g is not None]
-        w, u = [variables[i] for i in present], [direction[i] for i in present]
-        g = [grad for grad in grads if grad is not None]
-        slope = space.vdot([grad.detach() for grad in g], u)
-        second, _ = directional_curvature(loss_fn, loss, g, w, u, method=curvature, start=start)
-        value = loss.detach().to(slope)
-        return cdat_core.Measurement(*fully_sharded.means(params, [value, slope, second]))
+        with undone_on_error(params) as trace:
+            with trace.recorded(buffers=twice or not anything_compiled()):
+                loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
+            variables, grads = differentiate(loss, params, create_graph=twice)
+            direction = fully_sharded.spread_out(direction, variables)
+            present = [i for i, g in enumerate(grads) if g is not None]
+            w, u = [variables[i] for i in present], [direction[i] for i in present]
+            g = [grad for grad in grads if grad is not None]
+            slope = space.vdot([grad.detach() for grad in g], u)
+            second, _ = directional_curvature(
+                loss_fn, loss, g, w, u, method=curvature, start=trace.start
+            )
+            scalars = [loss.detach().to(slope), slope, second]
+            return cdat_core.Measurement(*fully_sharded.means(params, scalars))
     finally:
         fully_sharded.release(params)
 

@@ -22,6 +22,9 @@ from cdat_torch import tensor_parallel
 
 logger = logging.getLogger("cdat_torch")
 
+# Neither cuDNN nor oneDNN differentiate recurrent layers far enough.
+_LIBRARIES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+
 
 @functools.cache
 def say_once(level: int, message: str) -> None:
@@ -42,12 +45,15 @@ def further_differentiable() -> Iterator[None]:
         "derivative. every=k measures in each k-th step only",
     )
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    enabled = [library.enabled for library in _LIBRARIES]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with eager(), sdpa_kernel(SDPBackend.MATH), _other_kernels():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for library, before in zip(_LIBRARIES, enabled, strict=True):
+            library.enabled = before  # Ctrl-C may have come while one was off
 
 
 @contextmanager
@@ -57,6 +63,17 @@ def eager() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def anything_compiled() -> bool:
+    """Return whether this process has used torch.compile; True also if that cannot be told.
+
+    Hooks on all modules must then be kept away from forward passes that may run compiled: each
+    hook would compile them anew.
+    """
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    backends = {} if eval_frame is None else getattr(eval_frame, "cached_backends", {0: "unknown"})
+    return any(backend is not None for backend in backends.values())
 
 
 @contextmanager
@@ -83,19 +100,16 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Neither cuDNN nor oneDNN differentiate recurrent layers far enough.
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
-
     @functools.wraps(function)
     def native(*args: Any, **kwargs: Any) -> Any:
-        enabled = [backend.enabled for backend in backends]
+        enabled = [library.enabled for library in _LIBRARIES]
         try:
-            for backend in backends:
-                backend.enabled = False
+            for library in _LIBRARIES:
+                library.enabled = False
             return function(*args, **kwargs)
         finally:
-            for backend, before in zip(backends, enabled, strict=True):
-                backend.enabled = before
+            for library, before in zip(_LIBRARIES, enabled, strict=True):
+                library.enabled = before
 
     return native
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cdat_torch import fully_sharded
 from cdat_torch.differentiability import further_differentiable, is_reentrant_checkpoint
+from cdat_torch.interrupts import let_through
 from cdat_torch.sharding import laid_out_like
 
 LossFn = Callable[[], Tensor]
@@ -18,7 +19,8 @@ LossFn = Callable[[], Tensor]
 
 def evaluate(loss_fn: LossFn, argument: str, *, differentiated_twice: bool) -> Tensor:
     """Call the user's loss with gradients on and check what comes back."""
-    with torch.enable_grad(), further_differentiable() if differentiated_twice else nullcontext():
+    kernels = further_differentiable() if differentiated_twice else nullcontext()
+    with torch.enable_grad(), kernels, let_through():
         loss = loss_fn()
     check_scalar(loss, argument)
     if not loss.requires_grad:
@@ -83,7 +85,7 @@ def gradients(
         msg = "params must hold at least one tensor that requires grad, got none"
         raise ValueError(msg)
     try:
-        with further_differentiable() if create_graph else nullcontext():
+        with further_differentiable() if create_graph else nullcontext(), let_through():
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss, trainable, create_graph=create_graph, allow_unused=True
             )
@@ -126,7 +128,7 @@ def vector_jacobian(
     trainable = [x for x in inputs if x.requires_grad]
     if not pairs or not trainable:  # what is differentiated is constant
         return [torch.zeros_like(x) for x in inputs]
-    with further_differentiable():
+    with further_differentiable(), let_through():
         found = torch.autograd.grad(
             [y for y, _ in pairs],
             trainable,

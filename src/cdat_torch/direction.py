@@ -60,7 +60,7 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     TypeError
         If `base` moved the parameters themselves: it keeps references of its own to them.
     """
-    exact = type(base) in _INDEPENDENT_OF_PARAMS
+    exact = independent_of_params(base)
     limited = type(base) is torch.optim.Adafactor
     stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
     for group in base.param_groups:
@@ -92,13 +92,19 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     return [stand_ins[p] for p in params]
 
 
-def steps_by_parameter(base: Optimizer) -> bool:
-    """Return whether steps on parts of the parameters are one step on all, and can be repeated.
+def independent_of_params(base: Optimizer) -> bool:
+    """Return whether the step of `base` does not depend on the parameters but for weight decay.
 
-    The optimizers that do not read the parameters keep all they know in a state for each of them.
+    Those optimizers keep all they know in a state for each parameter: tensors of its shape, and
+    single numbers.
     """
+    return type(base) in _INDEPENDENT_OF_PARAMS
+
+
+def steps_by_parameter(base: Optimizer) -> bool:
+    """Return whether steps on parts of the parameters are one step on all, and can be repeated."""
     watched = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
-    return type(base) in _INDEPENDENT_OF_PARAMS and not watched
+    return independent_of_params(base) and not watched
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cdat_torch.interrupts import let_through
 from cdat_torch.sharding import is_sharded, local
 
 
@@ -82,7 +83,7 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
             p.grad = None
         for module in modules:
             module.set_requires_gradient_sync(sync)
-        with torch.enable_grad():
+        with torch.enable_grad(), let_through():
             loss.backward()  # type: ignore[no-untyped-call]
         return [p.grad for p in params]
     finally:

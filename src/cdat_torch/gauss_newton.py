@@ -24,6 +24,7 @@ from cdat_torch.differentiability import (
     say_once,
 )
 from cdat_torch.differentiation import check_scalar, vector_jacobian
+from cdat_torch.interrupts import let_through
 from cdat_torch.reevaluation import RandomState, without_trace
 from cdat_torch.spaces import TensorListSpace
 
@@ -104,6 +105,7 @@ def gauss_newton_curvature(
     try:
         with without_trace(params, start), further_differentiable():
             with _tangents(params, direction):
+                # Interrupts wait: raising in here they might leave the mode of functions behind.
                 outputs, moves = _primals_and_tangents(composite.model_fn())
             return _second_derivative(composite, outputs, moves, params)
     except (torch.OutOfMemoryError, _NotCompositeError):
@@ -112,7 +114,9 @@ def gauss_newton_curvature(
         reason = first_line(error)
     try:
         with without_trace(params, start), further_differentiable(), torch.enable_grad():
-            outputs, moves = _by_double_backward(composite.model_fn(), params, direction)
+            with let_through():
+                outputs = composite.model_fn()
+            outputs, moves = _by_double_backward(outputs, params, direction)
             curvature = _second_derivative(composite, outputs, moves, params)
     except (RuntimeError, NotImplementedError) as error:
         error.add_note(
@@ -150,15 +154,17 @@ def _second_derivative(
         )
         raise _NotCompositeError(msg)
     with torch.enable_grad():
-        loss = composite.loss_fn(pytree.tree_unflatten(leaves, structure))
+        with let_through():
+            loss = composite.loss_fn(pytree.tree_unflatten(leaves, structure))
         check_scalar(loss, "loss_fn")
         if not loss.requires_grad:
             return TensorListSpace().vdot(move, [torch.zeros_like(m) for m in move])
         refuse_once_differentiable(loss)
         trainable = [p for p in params if p.requires_grad]
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss, [*z, *trainable], create_graph=True, allow_unused=True
-        )
+        with let_through():
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, [*z, *trainable], create_graph=True, allow_unused=True
+            )
         if any(g is not None for g in found[len(z) :]):
             msg = (
                 "loss_fn must depend on the parameters through the outputs only, but it uses some "
@@ -189,9 +195,10 @@ def _by_double_backward(
         refuse_once_differentiable(leaf)
     v = [torch.zeros_like(leaf, requires_grad=True) for leaf in z]
     trainable = [p for p in params if p.requires_grad]
-    transposed: tuple[Tensor | None, ...] = torch.autograd.grad(
-        z, trainable, v, create_graph=True, allow_unused=True
-    )
+    with let_through():
+        transposed: tuple[Tensor | None, ...] = torch.autograd.grad(
+            z, trainable, v, create_graph=True, allow_unused=True
+        )
     u = [u for p, u in zip(params, direction, strict=True) if p.requires_grad]
     pairs = [(t, u) for t, u in zip(transposed, u, strict=True) if t is not None]
     products = vector_jacobian([t for t, _ in pairs], v, [u for _, u in pairs])

@@ -32,7 +32,9 @@ from cdat_torch.groups import (
     scale_in_place,
     weights_and_factors,
 )
+from cdat_torch.interrupts import held
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
+from cdat_torch.reevaluation import Trace, undone_on_error
 from cdat_torch.rules import Decision, SearchRule, TunerRule, rule
 from cdat_torch.sharding import all_agree, locals_of
 from cdat_torch.spaces import scalar_dtype
@@ -282,20 +284,22 @@ class TunedOptimizer(Optimizer):
             raise ValueError(msg)
         params = self._trainable()
         batches = self._micro_batches
-        try:
-            batches.add(loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync)
-        finally:
-            release(params)  # so that model.parameters() has the gradients, for clipping
-        batches.reduced = self._replicas.size == 1
-        if sync and not batches.reduced:
-            assert batches.value is not None
-            batches.reduce_value(self._replicas.average_gradients(params, batches.value))
+        with held():
+            try:
+                batches.add(
+                    loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync
+                )
+            finally:
+                release(params)  # so that model.parameters() has the gradients, for clipping
+            batches.reduced = self._replicas.size == 1
+            if sync and not batches.reduced:
+                assert batches.value is not None
+                batches.reduce_value(self._replicas.average_gradients(params, batches.value))
 
     @overload  # type: ignore[override]
     def step(self, closure: Callable[[], Any]) -> Tensor: ...
     @overload
     def step(self, closure: None = None) -> Tensor | None: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """Take one step.
 
@@ -320,32 +324,41 @@ class TunedOptimizer(Optimizer):
             If the loss is not a scalar or does not depend on the parameters.
         RuntimeError
             If `max_consecutive_skips` steps in a row were skipped.
+
+        Notes
+        -----
+        A step is taken wholly or not at all. If the closure raises in any call or Ctrl-C comes in
+        between, parameters, ``.grad``, the state of the base, averages, buffers and random state
+        are as before, bit for bit; only buffers that compiled modules moved in the first call are
+        not. Earlier gradients are kept for that during the step: `zero_grad` spares their memory.
         """
-        try:
-            evaluation = self._evaluated(closure)
-            if evaluation is None:
-                self.base.step()
-                return None
-            value = self._advance(evaluation)
-            if isinstance(evaluation, ClosureLoss) and value is not None:
-                return value.to(evaluation.loss.dtype)
-            return value
-        finally:
-            self._micro_batches = MicroBatches()
-            release(self._trainable())
+        params = [] if closure is None else self._trainable()
+        with undone_on_error(params) as trace, torch.no_grad():
+            try:
+                evaluation = self._evaluated(closure, trace)
+                if evaluation is None:
+                    self.base.step()
+                    return None
+                value = self._advance(evaluation)
+            finally:
+                self._micro_batches = MicroBatches()
+                release(self._trainable())
+        self._refuse_many_skips()
+        if isinstance(evaluation, ClosureLoss) and value is not None:
+            return value.to(evaluation.loss.dtype)
+        return value
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _evaluated(self, closure: Callable[[], Any] | None) -> StepLoss | None:
+    def _evaluated(self, closure: Callable[[], Any] | None, trace: Trace) -> StepLoss | None:
         """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
         if closure is not None:
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
-            return closure_loss(
-                closure, self._trainable(), self._rule.method if self._rule.measures else None
-            )
+            method = self._rule.method if self._rule.measures else None
+            return closure_loss(closure, self._trainable(), method, trace)
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -375,7 +388,7 @@ class TunedOptimizer(Optimizer):
             return value
 
         tentative = None
-        if self._rule.measures:
+        if self._rule.measures or self._rule.needs_closure or self._replicas.size > 1:  # may fail
             tentative = tentative_step(self.base, params, read=self._rule.tracker is not None)
         try:
             direction = tentative.direction if tentative else base_direction(self.base, params)
@@ -400,7 +413,7 @@ class TunedOptimizer(Optimizer):
         return value
 
     def _conclude(self, value: Tensor | None, decision: Decision | None) -> None:
-        """Record what the step measured and decided; raise after too many skips in a row."""
+        """Record what the step measured and decided."""
         skip: Tensor | bool = True
         rate, slope, curvature, sharpness = torch.zeros_like(self._rate), None, None, None
         if decision is not None:
@@ -411,6 +424,9 @@ class TunedOptimizer(Optimizer):
         for group in self.param_groups:
             group["tuned_lr"] = rate
         self.last = StepInfo(value, slope, curvature, sharpness, rate, self._skipped)
+
+    def _refuse_many_skips(self) -> None:
+        """Raise after too many skips in a row."""
         limit = self._max_consecutive_skips
         if limit is not None and int(self._consecutive) >= limit:
             msg = (

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cdat_torch.differentiability import eager
 from cdat_torch.fully_sharded import release
+from cdat_torch.interrupts import held
 from cdat_torch.sharding import locals_of
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
@@ -38,12 +39,82 @@ def _set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(cuda_state, index)
 
 
+class Trace:
+    """What an evaluation of the loss changes beside its result, kept as it was before.
+
+    That is the random state, the ``.grad`` of the parameters, and the buffers of the modules that
+    are called while `recorded`.
+
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Their devices say which random states matter.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.start = random_state(params)
+        self._grads = [(p, p.grad) for p in params if p.is_leaf]
+        self._modules: dict[Module, dict[str, Tensor | None]] = {}
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def recorded(self, *, buffers: bool = True) -> Iterator[None]:
+        """Take note of buffers before modules are called; ``.grad`` is None in the block only."""
+        handle = None
+        if buffers:
+            _expect_hooks_of_compiled_modules()
+            handle = register_module_forward_pre_hook(self._keep_buffers)
+        try:
+            for p, _ in self._grads:
+                p.grad = None
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            self._put_back_gradients()
+
+    def undo(self) -> None:
+        """Put everything back, bit for bit."""
+        for module, buffers in self._modules.items():
+            module._buffers.update(buffers)  # a module may have put other tensors in their place
+        with torch.no_grad():
+            for buffer, saved in reversed(self._buffers):  # of a shared one the first copy counts
+                buffer.copy_(saved)
+        self._put_back_gradients()
+        _set_random_state(self.start)
+
+    def _keep_buffers(self, module: Module, args: Any) -> None:
+        del args
+        if module._buffers and module not in self._modules:
+            self._modules[module] = dict(module._buffers)
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._buffers.append((buffer, buffer.detach().clone()))
+
+    def _put_back_gradients(self) -> None:
+        for p, grad in self._grads:
+            p.grad = grad
+
+
+@contextmanager
+def undone_on_error(params: Sequence[Tensor]) -> Iterator[Trace]:
+    """Undo what the trace has taken note of if the block raises; interrupts wait as in `held`."""
+    with held():
+        trace = Trace(params)
+        try:
+            yield trace
+        except BaseException:
+            trace.undo()
+            raise
+
+
 @contextmanager
 def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None]:
     """Run a forward pass from the random state `start`; then restore what it changed.
 
     Random state, the buffers of the modules that are called, and the ``.grad`` of `params` are
-    afterwards as before, bit for bit, also after an error; meanwhile ``.grad`` is None. Modules
+    afterwards as before, bit for bit, also after an error; meanwhile ``.grad`` is None and
+    interrupts wait as in `held`. Modules
     under ``torch.compile`` run uncompiled: compiled ones do not say which buffers they write.
 
     Parameters
@@ -53,38 +124,14 @@ def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None
     start : RandomState
         The random state that the first evaluation of this step started from.
     """
-    after = random_state(params)
-    grads = [p.grad for p in params if p.is_leaf]
-    leaves = [p for p in params if p.is_leaf]
-    modules: dict[Module, dict[str, Tensor | None]] = {}
-    values: dict[Tensor, Tensor] = {}
-
-    def save(module: Module, args: Any) -> None:
-        del args
-        if module not in modules:
-            modules[module] = dict(module._buffers)
-            for buffer in module.buffers(recurse=False):
-                if buffer not in values:
-                    values[buffer] = buffer.detach().clone()
-
-    _expect_hooks_of_compiled_modules()
-    handle = register_module_forward_pre_hook(save)
-    try:
-        for p in leaves:
-            p.grad = None
-        _set_random_state(start)
-        with eager():
-            yield
-    finally:
-        handle.remove()
-        for module, buffers in modules.items():
-            module._buffers.update(buffers)  # a module may have put other tensors in their place
-        with torch.no_grad():
-            for buffer, saved in values.items():
-                buffer.copy_(saved)
-        for p, grad in zip(leaves, grads, strict=True):
-            p.grad = grad
-        _set_random_state(after)
+    with held():
+        trace = Trace(params)
+        try:
+            with trace.recorded(), eager():
+                _set_random_state(start)
+                yield
+        finally:
+            trace.undo()
 
 
 def _expect_hooks_of_compiled_modules() -> None:

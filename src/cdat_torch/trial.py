@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.differentiation import LossFn, check_scalar, differentiate
+from cdat_torch.interrupts import let_through
 from cdat_torch.reevaluation import RandomState, moved, without_trace
 from cdat_torch.spaces import TensorListSpace
 
@@ -39,7 +40,7 @@ def evaluate_trial(
     """
     with_slope = "slope" in needs
     with moved(params, there), without_trace(params, start):
-        with torch.set_grad_enabled(with_slope):
+        with torch.set_grad_enabled(with_slope), let_through():
             loss = closure()
         check_scalar(loss, "closure")
         if not with_slope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -135,21 +136,65 @@ def forgetful(rank, size):
     return True
 
 
-def dying(rank, size):
+class Mortal(torch.optim.Adam):
+    """It ends its process in the step after `doomed` is set."""
+
+    doomed = False
+
+    def step(self, closure=None):
+        if self.doomed:
+            os._exit(9)
+        return super().step(closure)
+
+
+def dying(rank, size, where):
+    """Rank 1 ends before its step, in that of its base, or in the second call of the closure."""
     model, x, y = problem()
-    optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.0)
-    closure = lambda: F.cross_entropy(model(share(x, rank, size)), share(y, rank, size))
-    optimizer.step(closure)
-    before = [p.detach().clone() for p in model.parameters()]
-    state = [s["exp_avg"].clone() for s in optimizer.state.values()]
-    if rank == 1:
+    model = nn.Sequential(model, nn.Dropout(0.1), nn.BatchNorm1d(3)).double()
+    rule = RULES["zoom"] if where == "trial" else RULES["cdat"]
+    # With every=2 the step to come holds its rate.
+    optimizer = TunedOptimizer(Mortal(model.parameters()), rule, every=2)
+    inputs, labels = share(x, rank, size), share(y, rank, size)
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if rank == 1 and where == "trial" and calls == 2:
+            os._exit(9)
+        return F.cross_entropy(model(inputs), labels)
+
+    torch.manual_seed(rank)
+    if where != "trial":
+        optimizer.step(closure)
+    look = lambda: copy.deepcopy(
+        (
+            model.state_dict(),
+            [p.grad for p in model.parameters()],
+            [optimizer.state[p] for p in model.parameters() if p in optimizer.state],
+            torch.get_rng_state(),
+            optimizer._rule.state,
+        )
+    )
+    before = look()
+    if rank == 1 and where == "gradient":
         os._exit(9)
+    optimizer.base.doomed = rank == 1 and where == "base"
     with pytest.raises(RuntimeError):
         optimizer.step(closure)
-    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    return same and all(
-        torch.equal(s["exp_avg"], t) for s, t in zip(optimizer.state.values(), state, strict=True)
-    )
+    torch.testing.assert_close(look(), before, rtol=0, atol=0)
+    return True
+
+
+def too_many(rank, size):
+    model, x, y = problem()
+    optimizer = CDAT(torch.optim.SGD(model.parameters()), max_consecutive_skips=2)
+    scale = torch.nan if rank == 1 else 1.0
+    closure = lambda: F.cross_entropy(model(x), y) * scale
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="2 steps in a row were skipped"):
+        optimizer.step(closure)
+    return True
 
 
 # Starting processes takes seconds, so those of one number run all their cases in turn.
@@ -162,6 +207,7 @@ TWO = {
     "routed": (routed, {}),
     "alone": (alone, {}),
     "forgetful": (forgetful, {}),
+    "too many": (too_many, {}),
 }
 FORMS = ("closure", "backward", "accumulation")
 FOUR = {
@@ -244,8 +290,15 @@ def test_a_step_without_synchronised_gradients_is_refused(two):
     assert two[1]["forgetful"]
 
 
-def test_a_process_that_dies_leaves_the_others_as_they_were():
-    assert run(2, dying, survivors={0}) == [True]
+def test_too_many_skips_raise_in_all_processes(two):
+    assert two[0]["too many"]
+    assert two[1]["too many"]
+
+
+@pytest.mark.parametrize("where", ["gradient", "base", "trial"])
+def test_a_process_that_dies_leaves_the_others_as_they_were(where):
+    """Parameters, gradients, base state, averages, statistics and random state."""
+    assert run(2, dying, where, survivors={0}) == [True]
 
 
 def saving(rank, size, folder):

@@ -242,21 +242,6 @@ def test_a_rule_that_needs_no_loss_steps_on_plain_gradients():
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_a_step_at_rate_zero_with_zero_gradients_passes_through():
-    """Distributed checkpointing steps like this to create the state it then loads."""
-    model, _, _ = problem()
-    optimizer = CDAT(torch.optim.Adam(model.parameters()))
-    before = [p.detach().clone() for p in model.parameters()]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert len(optimizer.state) == len(before)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert optimizer.last is None
-
-
 def test_as_dict_gives_numbers_for_a_logger():
     model, x, y = problem()
     optimizer = CDAT(BASES["sgd"](model.parameters()), every=2)

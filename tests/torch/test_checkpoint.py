@@ -184,16 +184,37 @@ SPOILT = {
     "infinite eigenvector": _set(("state", 0, VECTOR), torch.full((4, 3), torch.inf).double()),
     "eigenvector of another shape": _set(("state", 3, VECTOR), torch.zeros(2).double()),
     "eigenvector that is a number": _set(("state", 0, VECTOR), 1.0),
+    "negative second moment": _set(("state", 0, "exp_avg_sq"), -torch.ones(4, 3).double()),
+    "negative number of steps": _set(("state", 0, "step"), torch.tensor(-1.0)),
+    "NaN number of steps": _set(("state", 0, "step"), float("nan")),
+    "no number of steps": _set(("state", 0, "step"), None),
+    "list of steps": _set(("state", 0, "step"), [3.0]),
+    "steps of another shape": _set(("state", 0, "step"), torch.ones(7)),
+    "moment in a list": _set(("state", 0, "exp_avg"), [0.0]),
+    "state in a list": _set(("state",), []),
+    "no groups": _set(("param_groups",), None),
+    "group that is a number": _set(GROUP, 1.0),
+    "group without parameters": _set((*GROUP, "params"), None),
+    "NaN decay": _set((*GROUP, "betas"), (0.9, float("nan"))),
+    "string decay": _set((*GROUP, "betas"), ("0.9", 0.999)),
+    "one decay": _set((*GROUP, "betas"), (0.9,)),
+    "infinite eps": _set((*GROUP, "eps"), float("inf")),
+    "tuner that is a number": _set((*GROUP, "tuner"), 0.1),
+    "tuner state that is a number": _set((*GROUP, "tuner", "state"), 0.1),
 }
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["a fresh optimizer", "after steps"])
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_state_is_refused_and_nothing_changes(spoil) -> None:  # type: ignore[no-untyped-def]
-    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
-    optimizer = TunedOptimizer(torch.optim.Adam(model.parameters()), both())
-    for _ in range(3):
-        optimizer.step(lambda: model(x).square().mean())
-    state_dict = copy.deepcopy(optimizer.state_dict())
+def test_a_spoilt_state_is_refused_and_nothing_changes(spoil, steps: int) -> None:  # type: ignore[no-untyped-def]
+    def trained(steps: int) -> TunedOptimizer:
+        model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+        optimizer = TunedOptimizer(torch.optim.Adam(model.parameters()), both())
+        for _ in range(steps):
+            optimizer.step(lambda: model(x).square().mean())
+        return optimizer
+
+    state_dict, optimizer = copy.deepcopy(trained(3).state_dict()), trained(steps)
     before = copy.deepcopy(optimizer.state_dict())
     spoil(state_dict)
     with pytest.raises(ValueError, match="state_dict"):

@@ -6,6 +6,7 @@ class or an option that a later PyTorch adds fails here until somebody has looke
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -323,3 +324,57 @@ def test_large_parameters_in_bfloat16_do_not_round_the_direction(c: type[Optimiz
     largest = float(directions[1].abs().max())
     assert 0 < largest < 10  # far below 64, the spacing of bfloat16 at 1e4
     torch.testing.assert_close(directions[0], directions[1], rtol=0.03, atol=0.03 * largest)
+
+
+def wrapped(
+    c: Callable[..., Optimizer], chosen: dict[str, Any], model: nn.Sequential
+) -> TunedOptimizer:
+    params = [p for part in parts(c, model) for p in part]
+    return TunedOptimizer(c(params, **chosen), tuners.cdat(1.0, max_learning_rate=LR))
+
+
+@pytest.mark.parametrize(("c", "chosen"), cases())
+def test_a_checkpoint_goes_on_in_a_new_optimizer(
+    c: Callable[..., Optimizer], chosen: dict[str, Any]
+) -> None:
+    """What the checks of a state refuse is not the state of any optimizer.
+
+    In float32, to which PyTorch casts all of a state that it loads: NAdam keeps a product in it.
+    """
+    pair = Pair()
+    pair.model.float()
+    pair.x, pair.y = pair.x.float(), pair.y.float()
+    optimizer = wrapped(c, chosen, pair.model)
+    for _ in range(2):
+        optimizer.step(lambda: pair.loss(pair.model))
+    again = copy.deepcopy(pair.model)
+    resumed = wrapped(c, chosen, again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        optimizer.step(lambda: pair.loss(pair.model))
+        resumed.step(lambda: pair.loss(again))
+    for p, q in zip(pair.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("c", "chosen"), cases())
+def test_the_step_of_distributed_checkpointing_moves_nothing(
+    c: Callable[..., Optimizer], chosen: dict[str, Any]
+) -> None:
+    """It has zero gradients and the rate 0, and is there to create the state."""
+    model = mlp(5, 8, 2)
+    optimizer = wrapped(c, chosen, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.last is None
+    assert float(optimizer.param_groups[0]["tuned_lr"]) == 0.0
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    optimizer.step(lambda: model(torch.ones(3, 5, dtype=torch.float64)).square().mean())
+    assert int(optimizer.last.skipped) == 0

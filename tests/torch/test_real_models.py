@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from cdat_torch import CompositeLoss, measure
+from cdat_core import tuners
+from cdat_torch import CompositeLoss, TunedOptimizer, measure
 from cdat_torch.differentiability import say_once
 from cdat_torch.reevaluation import moved, random_state, without_trace
 from tests.torch.models import (
@@ -514,3 +515,44 @@ def test_manual_attention_is_attention() -> None:
     twin = with_manual_attention(model)
     assert isinstance(twin.attention, ManualAttention)
     torch.testing.assert_close(twin(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Shared(nn.Module):
+    """Two modules count in one buffer."""
+
+    def __init__(self, counts: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("counts", counts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts += 1
+        return x
+
+
+def test_a_shared_buffer_is_put_back_to_its_first_value() -> None:
+    counts = torch.zeros(3)
+    model = nn.Sequential(Shared(counts), Shared(counts))
+    with without_trace([], random_state([])):
+        model(torch.ones(2))
+        assert counts.tolist() == [2.0, 2.0, 2.0]
+    assert counts.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, which sees Python of its own
+def test_steps_that_run_compiled_are_compiled_once() -> None:
+    """Hooks on all modules would compile them anew: they stay away from such steps."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    compiled = torch.compile(model, backend=backend)
+    optimizer = TunedOptimizer(torch.optim.SGD(model.parameters()), tuners.constant(0.1))
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        optimizer.step(lambda: compiled(x).square().mean())
+        compiled(x)  # outside of a step
+    assert len(graphs) == 1
