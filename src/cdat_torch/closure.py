@@ -15,6 +15,7 @@ from cdat_torch.fully_sharded import scattered
 from cdat_torch.losses import ClosureLoss, Gradient
 from cdat_torch.methods import method_named
 from cdat_torch.reevaluation import Trace
+from cdat_torch.sharding import all_agree, locals_of
 from cdat_torch.spaces import scalar_dtype
 
 
@@ -102,11 +103,13 @@ def refuse_grad_scaler() -> None:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether all entries are finite: the one number a step reads from the device.
 
-    A sum that is finite has finite terms only. One that is not may have overflowed; that rare case
-    is looked at element by element.
+    Of sharded tensors all entries count, also those in other processes.
     """
-    if not tensors:
-        return True
+    return all_agree(not tensors or _finite(locals_of(tensors)), tensors)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Test sums first: one that is finite has finite terms, any other may have overflowed."""
     first = tensors[0]
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     total = torch.stack([s.detach().to(first.device, scalar_dtype(first.device)) for s in sums])

@@ -64,6 +64,16 @@ def _find_homes() -> None:
                     _HOMES[p] = _Home(weakref.ref(unit), weakref.ref(owner), name)
 
 
+def refuse_gauss_newton(curvature: str, params: Sequence[Tensor]) -> None:
+    """Raise a ValueError for a way to measure that needs a forward-mode derivative."""
+    if curvature == "gauss_newton" and modules_of(params):
+        msg = (
+            'curvature must not be "gauss_newton" for modules under fully_shard, which have no '
+            'forward-mode derivative; use "auto" or "finite_difference"'
+        )
+        raise ValueError(msg)
+
+
 def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tensor | None]:
     """Return the mean gradient over the processes, as the hooks of the modules compute it.
 

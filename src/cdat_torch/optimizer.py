@@ -17,26 +17,18 @@ from torch.optim import Optimizer
 from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_torch import checkpoint
+from cdat_torch import checkpoint, groups
 from cdat_torch.base_state import tentative_step
 from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
 from cdat_torch.distributed import Replicas
-from cdat_torch.fully_sharded import modules_of, release
-from cdat_torch.groups import (
-    adopt,
-    check_base,
-    check_params,
-    move,
-    multiplier,
-    scale_in_place,
-    weights_and_factors,
-)
+from cdat_torch.fully_sharded import refuse_gauss_newton, release
 from cdat_torch.interrupts import held
 from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
 from cdat_torch.reevaluation import Trace, undone_on_error
 from cdat_torch.rules import Decision, SearchRule, TunerRule, rule
-from cdat_torch.sharding import all_agree, locals_of
+from cdat_torch.sharding import locals_of
+from cdat_torch.skips import SkipCount
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
 from cdat_torch.tracking import SharpnessTracker
@@ -57,10 +49,8 @@ class TunedOptimizer(Optimizer):
 
     If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
     averages of the tuner stay, and the count in `last` grows. That test reads one number from the
-    device in each step. The same holds if only the curvature is not finite. For that the base takes
-    a step that measures it twice: first on copies of its state, some parameters at a time, and for
-    good when the measurement is known. Adafactor, optimizers of other packages, and those that have
-    step hooks step once, and a copy of their whole state is held meanwhile.
+    device in each step. The same holds if only the curvature is not finite; for that the base first
+    steps on copies of its state, and for good when the measurement is known.
 
     Trainers, clipping and accumulation need no closure: call `backward` in the place of
     ``loss.backward()``, then ``step()``.
@@ -68,7 +58,8 @@ class TunedOptimizer(Optimizer):
     With several processes (``torch.distributed``) each evaluates the loss of its own part of the
     batch, and the optimizer averages gradients, loss, slope and curvature; all take the same step
     bit for bit. The model may be wrapped in DistributedDataParallel, whose own reduction is then
-    not used. Weigh the losses of unequal parts so that their mean is the loss of the whole.
+    not used, in ``fully_shard``, or be tensor parallel. Weigh the losses of unequal parts so that
+    their mean is the loss of the whole.
 
     Parameters
     ----------
@@ -103,7 +94,7 @@ class TunedOptimizer(Optimizer):
     base : torch.optim.Optimizer
         The wrapped optimizer.
     last : StepInfo or None
-        The last measurement; None before the first step.
+        The last measurement; None at first.
 
     Raises
     ------
@@ -134,39 +125,31 @@ class TunedOptimizer(Optimizer):
         max_consecutive_skips: int | None = None,
         process_group: Any = None,
     ) -> None:
-        check_base(base)
+        groups.check_base(base)
         params = [p for group in base.param_groups for p in group["params"]]
         replicas = Replicas(process_group)
         replicas.check(params)
-        if curvature == "gauss_newton" and modules_of(params):
-            msg = (
-                'curvature must not be "gauss_newton" for modules under fully_shard, which have no '
-                'forward-mode derivative; use "auto" or "finite_difference"'
-            )
-            raise ValueError(msg)
+        refuse_gauss_newton(curvature, params)
         first = params[0]
         zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
         tracker = SharpnessTracker(base, num_matvecs=sharpness_matvecs, inverse_sqrt=inverse_sqrt)
         self._rule: TunerRule | SearchRule = rule(
             tuner_or_search, zero, curvature=curvature, every=every, tracker=tracker
         )
-        if max_consecutive_skips is not None:
-            _validation.count("max_consecutive_skips", max_consecutive_skips)
-        self._max_consecutive_skips = max_consecutive_skips
-        multipliers = [multiplier(group, base.defaults) for group in base.param_groups]
+        skips = SkipCount(first.device, max_consecutive_skips)
+        multipliers = [groups.multiplier(group, base.defaults) for group in base.param_groups]
         # Nothing was changed up to here. Optimizer.__init__ would replace groups and state, which
         # this wrapper shares with its base; __setstate__ sets up the hooks alone.
         self.base = base
         self.defaults = {**base.defaults, "lr": 1.0}
         self.__setstate__({})
         self._rate = zero
-        self._skipped = torch.zeros((), dtype=torch.int32, device=first.device)
-        self._consecutive = torch.zeros_like(self._skipped)
+        self._skips = skips
         self._micro_batches = MicroBatches()
         self._replicas = replicas
         self.last: StepInfo | None = None
         for group, weight in zip(base.param_groups, multipliers, strict=True):
-            adopt(group, weight, zero)
+            groups.adopt(group, weight, zero)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -191,9 +174,9 @@ class TunedOptimizer(Optimizer):
             As for every ``torch.optim`` optimizer.
         """
         weight = _validation.nonnegative("lr", param_group.get("lr", 1.0))
-        check_params(param_group["params"])
+        groups.check_params(param_group["params"])
         self.base.add_param_group({**param_group, "lr": weight})
-        adopt(self.base.param_groups[-1], weight, self._rate)
+        groups.adopt(self.base.param_groups[-1], weight, self._rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of base and tuner; the tuner's scalars are Python numbers.
@@ -204,7 +187,7 @@ class TunedOptimizer(Optimizer):
             As of every ``torch.optim`` optimizer; loads with ``torch.load(weights_only=True)``.
         """
         saved = checkpoint.with_tuner(
-            super().state_dict(), self._rule.state, int(self._skipped), self._rule.until_refresh
+            super().state_dict(), self._rule.state, int(self._skips.total), self._rule.until_refresh
         )
         if self._rule.tracker is None:
             return saved
@@ -231,15 +214,8 @@ class TunedOptimizer(Optimizer):
         checkpoint.check_base_state(saved, self.base)
         saved, vector = checkpoint.split_vector(saved, self.base)
         self.base.load_state_dict(saved)
-        if self._rule.tracker is not None:
-            self._rule.tracker.vector = vector
-        if tuner is None:
-            tuner = checkpoint.SavedTuner(None, 0, 0)
-            self._rule.start(self._rate)
-        elif self._rule.state is not None:
-            self._rule.state = checkpoint.restore(tuner.state, self._rule.state)
-        self._rule.until_refresh = tuner.until_refresh
-        self._skipped = torch.full_like(self._skipped, tuner.skipped)
+        self._rule.load(tuner, vector)
+        self._skips.load(0 if tuner is None else tuner.skipped)
         self._rate = torch.full_like(self._rate, float(self.param_groups[0]["tuned_lr"]))
         for group in self.param_groups:
             group["tuned_lr"] = self._rate
@@ -276,14 +252,13 @@ class TunedOptimizer(Optimizer):
             If the loss is not a scalar with a graph, or the rule or the way to compute the
             curvature needs a closure.
         """
-        if self._rule.needs_closure is not None:
+        again = self._rule.needs_closure
+        if again is not None:
             msg = (
-                f"{self._rule.needs_closure} evaluates the loss again: pass a closure to step() "
-                "instead of calling backward()"
+                f"{again} evaluates the loss again: pass a closure to step() instead of backward()"
             )
             raise ValueError(msg)
-        params = self._trainable()
-        batches = self._micro_batches
+        params, batches = self._trainable(), self._micro_batches
         with held():
             try:
                 batches.add(
@@ -343,7 +318,7 @@ class TunedOptimizer(Optimizer):
             finally:
                 self._micro_batches = MicroBatches()
                 release(self._trainable())
-        self._refuse_many_skips()
+        self._skips.refuse_many()
         if isinstance(evaluation, ClosureLoss) and value is not None:
             return value.to(evaluation.loss.dtype)
         return value
@@ -381,8 +356,7 @@ class TunedOptimizer(Optimizer):
             value = self._replicas.average_gradients(self._trainable(), evaluation.value)
         params = [p for p in self._trainable() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        finite = all_finite([*([] if value is None else [value]), *locals_of(grads)])
-        if not all_agree(finite, grads):
+        if not all_finite([*([] if value is None else [value]), *grads]):
             self._rule.miss()
             self._conclude(value, None)
             return value
@@ -393,22 +367,22 @@ class TunedOptimizer(Optimizer):
         try:
             direction = tentative.direction if tentative else base_direction(self.base, params)
             step = locals_of(direction)  # what is done in place is done to these
-            weights, factors = weights_and_factors(self.param_groups, params)
-            scale_in_place(step, weights)
+            weights, factors = groups.weights_and_factors(self.param_groups, params)
+            groups.scale_in_place(step, weights)
             if self._rule.along_step:
-                scale_in_place(step, factors)
+                groups.scale_in_place(step, factors)
             decision = self._rule.choose(
                 evaluation, value, params, direction, present=self._rate, replicas=self._replicas
             )
             if not self._rule.along_step:
-                scale_in_place(step, factors)
+                groups.scale_in_place(step, factors)
         except BaseException:
             if tentative:
                 tentative.undo()
             raise
         if tentative:
             tentative.conclude(decision.skip)
-        move(locals_of(params), step, decision.rate, skip=decision.skip)
+        groups.move(locals_of(params), step, decision.rate, skip=decision.skip)
         self._conclude(value, decision)
         return value
 
@@ -419,18 +393,7 @@ class TunedOptimizer(Optimizer):
         if decision is not None:
             rate, skip, slope, curvature, sharpness = decision
         self._rate = rate
-        self._skipped = self._skipped + skip
-        self._consecutive = (self._consecutive + 1) * skip
+        self._skips.add(skip)
         for group in self.param_groups:
             group["tuned_lr"] = rate
-        self.last = StepInfo(value, slope, curvature, sharpness, rate, self._skipped)
-
-    def _refuse_many_skips(self) -> None:
-        """Raise after too many skips in a row."""
-        limit = self._max_consecutive_skips
-        if limit is not None and int(self._consecutive) >= limit:
-            msg = (
-                f"{limit} steps in a row were skipped because loss, gradient or curvature was not "
-                "finite; the parameters are those of the last good step (max_consecutive_skips)"
-            )
-            raise RuntimeError(msg)
+        self.last = StepInfo(value, slope, curvature, sharpness, rate, self._skips.total)

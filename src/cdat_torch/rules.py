@@ -11,6 +11,7 @@ from torch import Tensor
 from cdat_core import Measurement, _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
+from cdat_torch.checkpoint import SavedTuner, restore
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
 from cdat_torch.methods import method_named, method_with_product
@@ -67,12 +68,18 @@ class TunerRule:
         self.method = curvature
         self.needs_value = "value" in tuner.needs
         self.until_refresh = 0
-        self.state: Any = None
-        self.start(like)
+        self.state: Any = tuner.init(torch.zeros_like(like))
+        self._like = like
 
-    def start(self, like: Tensor) -> None:
-        """Forget all measurements."""
-        self.state = self._tuner.init(torch.zeros_like(like))
+    def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
+        """Go on from a checkpoint and an eigenvector; None forgets all measurements."""
+        if self.tracker is not None:
+            self.tracker.vector = vector
+        self.until_refresh = 0 if saved is None else saved.until_refresh
+        if saved is None:
+            self.state = self._tuner.init(torch.zeros_like(self._like))
+        else:
+            self.state = restore(saved.state, self.state)
 
     @property
     def measures(self) -> bool:
@@ -167,7 +174,7 @@ class SearchRule:
     def __init__(self, search: LineSearch) -> None:
         self._search = search
 
-    def start(self, like: Tensor) -> None:
+    def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
         """Do nothing: a search has no state between steps."""
 
     def miss(self) -> None:
