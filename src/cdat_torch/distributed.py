@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.sharding import is_sharded, local, processes_of
+from cdat_torch.fully_sharded import modules_of
+from cdat_torch.sharding import is_sharded, local
 
 
 class Replicas:
@@ -34,6 +35,7 @@ class Replicas:
             distributed.is_available() and distributed.is_initialized()
         )
         self._group = process_group
+        self._covering: dict[Any, bool] = {}
         self.size = 1 if alone else distributed.get_world_size(process_group)
 
     def mean(self, scalars: Sequence[Tensor]) -> list[Tensor]:
@@ -80,30 +82,43 @@ class Replicas:
 
     def check(self, params: Sequence[Tensor]) -> None:
         """Raise a ValueError if a sharded parameter does not suit the group."""
-        for p in params:
-            if self.size > 1 and is_sharded(p):
+        if self.size > 1:
+            for p in params:
                 self._holds_all_of(p)
+        elif modules_of(params) and torch.distributed.get_world_size() > 1:
+            msg = (
+                "process_group must be the processes that fully_shard spreads the params over, got "
+                f"{self._group!r}: each would take a step of its own"
+            )
+            raise ValueError(msg)
 
     def _holds_all_of(self, p: Tensor) -> bool:
         """Return whether what is to be averaged over the group is shared by the parameter."""
         if not is_sharded(p):
             return False
-        group = frozenset(torch.distributed.get_process_group_ranks(self._group))
-        mesh = processes_of(p)
-        if group <= mesh:
+        sharded: Any = p
+        mesh = sharded.device_mesh
+        if mesh not in self._covering:
+            self._covering[mesh] = self._covers(set(mesh.mesh.flatten().tolist()))
+        return self._covering[mesh]
+
+    def _covers(self, holders: set[int]) -> bool:
+        group = set(torch.distributed.get_process_group_ranks(self._group))
+        if group <= holders:
             return True
-        if len(group & mesh) == 1:
+        if len(group & holders) == 1:
             return False
         msg = (
             "process_group must be the processes that hold copies of the model: one of the params "
-            f"is spread over ranks {sorted(mesh)}, which the group {sorted(group)} overlaps; for "
-            "tensor and data parallel together pass the group of the data parallel mesh"
+            f"is spread over ranks {sorted(holders)}, which the group {sorted(group)} overlaps; "
+            "for tensor and data parallel together pass the group of the data parallel mesh"
         )
         raise ValueError(msg)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group, which no other process knows."""
-        return {"size": self.size, "_group": None if self._group is not False else False}
+        group = None if self._group is not False else False
+        return {"size": self.size, "_group": group, "_covering": {}}
 
 
 def _like(tensor: Tensor, part: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class _Home(NamedTuple):
 
 
 _HOMES: Any = WeakTensorKeyDictionary()
+"""The home of each sharded parameter that was asked for, or None if no module gathers it."""
 _KEPT: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Modules that are gathered for a step, and whether they release after a backward pass else."""
 
@@ -44,13 +45,14 @@ def modules_of(params: Sequence[Tensor]) -> list[Any]:
     """
     sharded = [p for p in params if is_sharded(p)]
     if any(p not in _HOMES for p in sharded):
-        _find_homes()
-    homes = [_HOMES.get(p) for p in sharded]
+        _find_homes(sharded)
+    homes = [_HOMES[p] for p in sharded]
     found = dict.fromkeys(home.module() for home in homes if home is not None)
     return [module for module in found if module is not None]
 
 
-def _find_homes() -> None:
+def _find_homes(params: Sequence[Tensor]) -> None:
+    """Note the homes of all sharded parameters, and of `params` also that they have none."""
     from torch.distributed.fsdp import FSDPModule
 
     # Not isinstance, which lazy objects answer by loading what they stand for.
@@ -62,6 +64,9 @@ def _find_homes() -> None:
             for name, p in owner._parameters.items():
                 if p is not None and is_sharded(p):
                     _HOMES[p] = _Home(weakref.ref(unit), weakref.ref(owner), name)
+    for p in params:
+        if p not in _HOMES:
+            _HOMES[p] = None
 
 
 def refuse_gauss_newton(curvature: str, params: Sequence[Tensor]) -> None:
@@ -177,7 +182,7 @@ def means(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
     """Return the means of 0-d tensors over the processes that share `params`."""
     if not modules_of(params):
         return list(scalars)
-    meshes: list[Any] = [p.device_mesh for p in params if p in _HOMES]  # type: ignore[attr-defined]
+    meshes: list[Any] = [p.device_mesh for p in params if _HOMES.get(p)]  # type: ignore[attr-defined]
     mesh = max(meshes, key=lambda mesh: mesh.ndim)
     together = torch.stack(list(scalars))
     for dim in range(mesh.ndim):

@@ -97,8 +97,3 @@ def all_agree(flag: bool, tensors: Iterable[Any]) -> bool:
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(against, group=mesh.get_group(dim))
     return not bool(against)
-
-
-def processes_of(tensor: Any) -> frozenset[int]:
-    """Return the ranks of the processes that hold parts or copies of a DTensor."""
-    return frozenset(tensor.device_mesh.mesh.flatten().tolist())

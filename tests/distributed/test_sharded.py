@@ -158,6 +158,8 @@ def refused(rank, size):
     model, x, y, _ = prepared(size, "fsdp")
     with pytest.raises(ValueError, match="gauss_newton"):
         CDAT(torch.optim.SGD(model.parameters(), lr=1.0), curvature="gauss_newton")
+    with pytest.raises(ValueError, match="process_group"):
+        CDAT(torch.optim.SGD(model.parameters(), lr=1.0), process_group=False)
     optimizer = CDAT(torch.optim.SGD(model.parameters(), lr=1.0))
     before = flat(model)
     with pytest.raises(NotImplementedError) as error:
@@ -240,8 +242,7 @@ STEPPING = {
     "synchronised accumulation": {"form": "synchronised", "every": 2},
     "differences": {"curvature": "finite_difference"},
     "zoom": {"rule": "zoom"},
-    "sharpness": {"rule": "sharpness", "base": "SGD"},
-    "sharpness of the sum": {"rule": "sharpness", "base": "SGD", "form": "synchronised"},
+    "sharpness": {"rule": "sharpness", "base": "SGD", "form": "synchronised", "every": STEPS},
     "constant": {"rule": "constant"},
     "adamw": {"base": "AdamW", "rule": "constant", "form": "backward"},
 }
