@@ -89,7 +89,8 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
 
 def all_agree(flag: bool, tensors: Iterable[Any]) -> bool:
     """Return whether `flag` holds in all processes that share sharded tensors with this one."""
-    meshes = {t.device_mesh for t in tensors if is_sharded(t)}
+    # Not a set, whose order differs between processes.
+    meshes = dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t))
     if not meshes:
         return flag
     against = torch.tensor(float(not flag), device=next(iter(meshes)).device_type)
