@@ -7,6 +7,7 @@ except ImportError as error:
     msg = f'cdat_jax needs JAX and Optax ({error}); install them with: pip install "cdat[jax]"'
     raise ImportError(msg) from error
 
+from cdat_jax.composite import CompositeLoss
 from cdat_jax.curvature import hvp, measure
 from cdat_jax.spaces import TreeSpace
 from cdat_jax.transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
@@ -14,6 +15,7 @@ from cdat_jax.wrapper import CDATState, cdat
 
 __all__ = [
     "CDATState",
+    "CompositeLoss",
     "ScaleByTunerState",
     "TreeSpace",
     "TunerInfo",

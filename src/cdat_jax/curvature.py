@@ -2,7 +2,8 @@
 
 Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges
 its primal with that of the gradient. A ``custom_vjp`` has no forward rule; there the curvature is
-taken from the jvp of the gradient.
+taken from the jvp of the gradient. The Gauss-Newton curvature is that of the loss as a function of
+the model's outputs, along their derivative.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
+from cdat_jax.composite import split
 from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
 
 Objective = Callable[[PyTree], jax.Array]
 
-METHODS = ("auto", "forward", "hvp", "finite_difference")
+METHODS = ("auto", "forward", "hvp", "gauss_newton", "finite_difference")
 
 
 def check_method(curvature: str) -> None:
@@ -46,18 +48,23 @@ def measure(
         The update direction u, shaped like `params`; cast to the dtypes of `params`.
     curvature : str
         "auto" is forward over forward, or the jvp of the gradient where a ``custom_vjp`` forbids
-        the former; "forward" and "hvp" demand one of the two; "finite_difference" uses two further
+        the former; "forward" and "hvp" demand one of the two; "gauss_newton" leaves out the second
+        derivatives of the model of a `CompositeLoss`; "finite_difference" uses two further
         gradients.
 
     Returns
     -------
     cdat_core.Measurement
-        value f(w), slope <g, u>, curvature <u, H u>: 0-d arrays of float32 or wider.
+        value f(w), slope <g, u>, curvature <u, H u> or <Ju, H_loss Ju>: 0-d arrays of float32 or
+        wider.
 
     Raises
     ------
     ValueError
         If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
+    TypeError
+        If `curvature` is "gauss_newton" and `value_fn` is not a `CompositeLoss`, or a
+        ``functools.partial`` of one.
 
     Examples
     --------
@@ -70,8 +77,10 @@ def measure(
     check_method(curvature)
     dtype = scalar_dtype(params)
     direction = tangent_like(params, direction)
-    checked = require_scalar(value_fn)
-    model = _MODELS[curvature](checked, params, direction)
+    if curvature == "gauss_newton":
+        model = _gauss_newton(value_fn, params, direction)
+    else:
+        model = _MODELS[curvature](require_scalar(value_fn), params, direction)
     return cdat_core.Measurement(*(field.astype(dtype) for field in model))
 
 
@@ -109,13 +118,13 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     return checked
 
 
-def require_scalar(value_fn: Objective) -> Objective:
+def require_scalar(value_fn: Objective, name: str = "value_fn") -> Objective:
     """Return `value_fn` with a ValueError where it returns anything but a scalar."""
 
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
         if jnp.shape(value) != ():
-            msg = f"value_fn must return a scalar, got shape {jnp.shape(value)}; reduce it first"
+            msg = f"{name} must return a scalar, got shape {jnp.shape(value)}; reduce it first"
             raise ValueError(msg)
         return jnp.asarray(value)
 
@@ -163,22 +172,80 @@ def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -
 
 
 def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
-    def along(p: PyTree, u: PyTree) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(value_fn, (p,), (u,))
-
-    # Asked of a trace, because some uses of a custom_vjp fail only when they are compiled.
-    reverse = contains_primitive("custom_lin", jax.make_jaxpr(along)(params, direction))
+    reverse = needs_reverse(value_fn, params, direction)
     model = _forward_over_reverse if reverse else _forward_over_forward
     return model(value_fn, params, direction)
 
 
-def contains_primitive(primitive: str, traced: Any) -> bool:
+def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    model_fn, loss_fn = split(value_fn)
+    loss_fn = require_scalar(loss_fn, "loss_fn")
+
+    def model(p: PyTree) -> tuple[PyTree, PyTree]:
+        outputs = model_fn(p)
+        # A None is a tree without leaves: integers, booleans and keys are constants.
+        z = jax.tree.map(lambda leaf: leaf if _is_inexact(leaf) else None, outputs)
+        if not jax.tree.leaves(z):
+            msg = (
+                "model_fn must return at least one array of floating point or complex, "
+                f"got {jax.tree.map(jnp.result_type, outputs)!r}"
+            )
+            raise ValueError(msg)
+        return z, outputs
+
+    def loss_beside(outputs: PyTree) -> Objective:
+        def loss(z: PyTree) -> jax.Array:
+            complete = jax.tree.map(
+                lambda leaf, constant: constant if leaf is None else leaf,
+                z,
+                outputs,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            return loss_fn(complete)
+
+        return loss
+
+    def forward(p: PyTree, u: PyTree) -> Model:
+        z, move, outputs = jax.jvp(model, (p,), (u,), has_aux=True)
+        return _forward_over_forward(loss_beside(outputs), z, move)
+
+    def reverse(p: PyTree, u: PyTree) -> Model:
+        z, transposed, outputs = jax.vjp(model, p, has_aux=True)
+        # J'v is linear in v, and its transpose is J.
+        _, twice_transposed = jax.vjp(transposed, jax.tree.map(jnp.zeros_like, z))
+        (move,) = twice_transposed((u,))
+        objective = jax.value_and_grad(loss_beside(outputs))
+        (value, grad), (_, product) = jax.jvp(objective, (z,), (move,))
+        # In the space of the parameters, because under shard_map the outputs are those of a shard.
+        (grad,), (product,) = transposed(grad), transposed(product)
+        conjugate, space = jax.tree.map(jnp.conj, u), TreeSpace()
+        return value, space.vdot(conjugate, grad), space.vdot(conjugate, product)
+
+    backward = needs_reverse(lambda p: loss_fn(model_fn(p)), params, direction)
+    return (reverse if backward else forward)(params, direction)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def needs_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> bool:
+    """Whether a ``custom_vjp`` between `params` and the value forbids forward mode."""
+
+    def along(p: PyTree, u: PyTree) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(value_fn, (p,), (u,))
+
+    # Asked of a trace, because some uses of a custom_vjp fail only when they are compiled.
+    return _contains_primitive("custom_lin", jax.make_jaxpr(along)(params, direction))
+
+
+def _contains_primitive(primitive: str, traced: Any) -> bool:
     """Whether a jaxpr, closed or not, or one inside it, applies the primitive of that name."""
     equations = getattr(getattr(traced, "jaxpr", traced), "eqns", ())
     return any(
         equation.primitive.name == primitive
         or any(
-            contains_primitive(primitive, leaf)
+            _contains_primitive(primitive, leaf)
             for leaf in jax.tree.leaves(list(equation.params.values()))
         )
         for equation in equations

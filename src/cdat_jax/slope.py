@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cdat_jax.curvature import Objective, contains_primitive, require_scalar, tangent_like
+from cdat_jax.curvature import Objective, needs_reverse, require_scalar, tangent_like
 from cdat_jax.spaces import PyTree, TreeSpace
 
 
@@ -31,11 +31,8 @@ def value_and_slope(
     """
     objective, u = require_scalar(value_fn), tangent_like(params, direction)
 
-    def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
-        value, slope = jax.jvp(objective, (p,), (u,))
+    if not needs_reverse(objective, params, u):
+        value, slope = jax.jvp(objective, (params,), (u,))
         return value, slope
-
-    if not contains_primitive("custom_lin", jax.make_jaxpr(along)(params)):
-        return along(params)
     value, grad = jax.value_and_grad(objective)(params)
     return value, TreeSpace().vdot(jax.tree.map(jnp.conj, grad), u)
