@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.fully_sharded import modules_of
-from cdat_torch.sharding import is_sharded, local
+from cdat_torch.sharding import from_part, is_sharded, local
 
 
 class Replicas:
@@ -77,7 +77,7 @@ class Replicas:
             flat.div_(self.size)
             sizes = [local(vector[i]).numel() for i in part]
             for i, piece in zip(part, torch.split(flat, sizes), strict=True):
-                means[i] = _like(vector[i], piece)
+                means[i] = from_part(piece.view_as(local(vector[i])), vector[i])
         return means
 
     def check(self, params: Sequence[Tensor]) -> None:
@@ -119,21 +119,3 @@ class Replicas:
         """Leave out the group, which no other process knows."""
         group = None if self._group is not False else False
         return {"size": self.size, "_group": group, "_covering": {}}
-
-
-def _like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Return a tensor whose part in this process is `part`, flattened, laid out like another."""
-    part = part.view_as(local(tensor))
-    if not is_sharded(tensor):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    like: Any = tensor
-    return DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )

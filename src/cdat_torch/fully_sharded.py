@@ -10,6 +10,7 @@ gradients are averaged and scattered here.
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cdat_torch.interrupts import let_through
-from cdat_torch.sharding import is_sharded, local
+from cdat_torch.sharding import from_part, is_sharded, local, sum_over_mesh
 
 
 class _Home(NamedTuple):
@@ -152,17 +153,16 @@ def scattered(
         The gradient of this process with respect to `whole`; None counts as zero, unless it is None
         in all processes.
     """
-    from torch.distributed.tensor import DTensor, Partial
-
     places = [i for i, p in enumerate(params) if p is not whole[i]]
     result = [None if g is None else g.detach() for g in grads]
     if not places:
         return result
+    from torch.distributed.tensor import DTensor, Partial
+
     present = torch.tensor([float(grads[i] is not None) for i in places])
     mesh = params[places[0]].device_mesh  # type: ignore[attr-defined]
     present = present.to(mesh.device_type)
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(present, group=mesh.get_group(dim))
+    sum_over_mesh(present, mesh)
     for i, used in zip(places, present.tolist(), strict=True):
         p: Any = params[i]
         inner: list[Any] = list(getattr(whole[i], "placements", ()))
@@ -170,7 +170,7 @@ def scattered(
         g = result[i]
         if used:
             part = (torch.zeros_like(local(whole[i])) if g is None else local(g)).to(p.dtype)
-            size = p.device_mesh.mesh.numel() // max(1, _size(whole[i]))
+            size = math.prod(p.device_mesh.shape[:outer])
             placed = DTensor.from_local(
                 part, p.device_mesh, [*[Partial("sum")] * outer, *inner], run_check=False
             )
@@ -185,33 +185,22 @@ def means(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
     meshes: list[Any] = [p.device_mesh for p in params if _HOMES.get(p)]  # type: ignore[attr-defined]
     mesh = max(meshes, key=lambda mesh: mesh.ndim)
     together = torch.stack(list(scalars))
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(together, group=mesh.get_group(dim))
-        together = together / mesh.size(dim)
-    return list(together.unbind())
+    sum_over_mesh(together, mesh)
+    return list((together / mesh.size()).unbind())
 
 
 def spread_out(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
     """Return a direction laid out like the parameters in the layout of the gathered ones."""
-    from torch.distributed.tensor import DTensor, Replicate
-
     result = []
     for u, w in zip(direction, whole, strict=True):
         if not is_sharded(u) or (is_sharded(w) and w.device_mesh == u.device_mesh):  # type: ignore[attr-defined]
             result.append(u)
             continue
+        from torch.distributed.tensor import Replicate
+
         d: Any = u
         inner: list[Any] = list(getattr(w, "placements", ()))
         outer = d.device_mesh.ndim - len(inner)
         part = d.redistribute(placements=[*[Replicate()] * outer, *inner]).to_local()
-        if inner:
-            tensor: Any = w
-            part = DTensor.from_local(
-                part, tensor.device_mesh, inner, run_check=False, shape=w.shape, stride=w.stride()
-            )
-        result.append(part)
+        result.append(from_part(part, w))
     return result
-
-
-def _size(tensor: Any) -> int:
-    return int(tensor.device_mesh.mesh.numel()) if is_sharded(tensor) else 1

@@ -52,6 +52,22 @@ def part_of(whole: Tensor, like: Any) -> Tensor:
     return result
 
 
+def from_part(part: Tensor, like: Any) -> Tensor:
+    """Return a tensor laid out like another one, whose part in this process is `part`."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
 def settled(tensor: Any) -> Tensor:
     """Return a DTensor whose parts still have to be summed as that sum; others as they are."""
     if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):
@@ -61,6 +77,12 @@ def settled(tensor: Any) -> Tensor:
         tensor = tensor.redistribute(placements=placements)
     result: Tensor = tensor
     return result
+
+
+def sum_over_mesh(tensor: Tensor, mesh: Any, dims: Iterable[int] | None = None) -> None:
+    """Sum a tensor in place over the processes of a mesh, or over some of its dimensions."""
+    for dim in range(mesh.ndim) if dims is None else dims:
+        torch.distributed.all_reduce(tensor, group=mesh.get_group(dim))
 
 
 def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
@@ -81,8 +103,7 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
         _, before = spread.get((mesh, dims), (mesh, torch.zeros_like(part)))
         spread[mesh, dims] = mesh, before + part
     for (_, dims), (mesh, part) in spread.items():
-        for dim in dims:
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+        sum_over_mesh(part, mesh, dims)
         total = total + part
     return total
 
@@ -95,6 +116,5 @@ def all_agree(flag: bool, tensors: Iterable[Any]) -> bool:
         return flag
     against = torch.tensor(float(not flag), device=next(iter(meshes)).device_type)
     for mesh in meshes:
-        for dim in range(mesh.ndim):
-            torch.distributed.all_reduce(against, group=mesh.get_group(dim))
+        sum_over_mesh(against, mesh)
     return not bool(against)

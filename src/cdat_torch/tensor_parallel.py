@@ -7,6 +7,7 @@ then lacks terms, in silence. `FromLocal` has the sum in the graph.
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ def replacements() -> list[tuple[ModuleType, str, Any]]:
     return [(api, _NAME, _from_local(getattr(api, _NAME)))]
 
 
+@functools.cache
 def _from_local(original: Any) -> Any:
     """Return `original`, an autograd function, with a backward that can be differentiated."""
     if original.__dict__.get("cdat", False):
