@@ -16,7 +16,7 @@ from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
 from cdat_torch.base_state import tentative_step
 from cdat_torch.direction import base_direction
-from tests.torch.models import mlp
+from tests.torch.models import NanCurvature, mlp
 
 
 def snapshot(optimizer: TunedOptimizer) -> Any:
@@ -63,20 +63,6 @@ def test_a_step_that_is_not_finite_changes_nothing(rule: str, where: str, bad: f
     optimizer.step(good)
     assert int(optimizer.last.skipped) == 1
     assert float(optimizer.last.learning_rate) > 0.0
-
-
-class NanCurvature(torch.autograd.Function):
-    """The square, whose second derivative is NaN."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad + (x - x.detach()).clamp(min=0) ** 0.5 * 0
 
 
 def test_a_curvature_that_is_not_finite_moves_no_parameter() -> None:

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cdat_torch import CompositeLoss, measure
 from cdat_torch.differentiability import say_once
-from tests.torch.models import flat, mlp, parameters, random_like
+from tests.torch.models import CLASSES, WIDTH, Classifier, flat, mlp, parameters, random_like
 
-WIDTH, LENGTH, BATCH, CLASSES = 6, 5, 4, 3
+LENGTH, BATCH = 5, 4
 
 
 def dense_gauss_newton(
@@ -58,18 +58,6 @@ def gauss_newton(
     return measure(CompositeLoss(model_fn, loss_fn), params, u, curvature="gauss_newton").curvature
 
 
-class Head(nn.Module):
-    """A linear head on the mean over a sequence, after `body`."""
-
-    def __init__(self, body: nn.Module, width: int = WIDTH) -> None:
-        super().__init__()
-        self.body, self.head = body, nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
-        return self.head((y[0] if isinstance(y, tuple) else y).mean(1))
-
-
 class Checkpointed(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(super().forward, x, use_reentrant=False)
@@ -78,13 +66,15 @@ class Checkpointed(nn.Sequential):
 def network(kind: str) -> nn.Module:
     encoder = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.3, batch_first=True)
     bodies: dict[str, Callable[[], nn.Module]] = {
-        "encoder": lambda: Head(encoder),
-        "encoder in eval mode": lambda: Head(encoder).eval(),
-        "lstm": lambda: Head(nn.LSTM(WIDTH, 4, 2, batch_first=True, dropout=0.3), 4),
-        "gru": lambda: Head(nn.GRU(WIDTH, 4, 2, batch_first=True, dropout=0.3), 4),
-        "weight norm": lambda: Head(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))),
-        "layer norm": lambda: Head(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))),
-        "checkpoint": lambda: Head(
+        "encoder": lambda: Classifier(encoder),
+        "encoder in eval mode": lambda: Classifier(encoder).eval(),
+        "lstm": lambda: Classifier(nn.LSTM(WIDTH, 4, 2, batch_first=True, dropout=0.3), 4),
+        "gru": lambda: Classifier(nn.GRU(WIDTH, 4, 2, batch_first=True, dropout=0.3), 4),
+        "weight norm": lambda: Classifier(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))),
+        "layer norm": lambda: Classifier(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
+        ),
+        "checkpoint": lambda: Classifier(
             Checkpointed(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.3))
         ),
         "batch norm, dropout": lambda: nn.Sequential(

@@ -24,6 +24,9 @@ from cdat_torch import CompositeLoss, TunedOptimizer, measure
 from cdat_torch.differentiability import say_once
 from cdat_torch.reevaluation import moved, random_state, without_trace
 from tests.torch.models import (
+    CLASSES,
+    WIDTH,
+    Classifier,
     ManualAttention,
     dense_hessian,
     dense_hessian_same_masks,
@@ -34,20 +37,8 @@ from tests.torch.models import (
     with_manual_attention,
 )
 
-WIDTH, HEADS, LENGTH, BATCH, CLASSES = 6, 2, 5, 4, 3
+HEADS, LENGTH, BATCH = 2, 5, 4
 LossOf = Callable[[nn.Module], Tensor]
-
-
-class Classifier(nn.Module):
-    """A layer on sequences, and a linear head on the mean over the sequence."""
-
-    def __init__(self, body: nn.Module, width: int = WIDTH) -> None:
-        super().__init__()
-        self.body, self.head = body, nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
-        return self.head((y[0] if isinstance(y, tuple) else y).mean(1))
 
 
 class SelfAttention(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cdat_core import tuners
 from cdat_torch import CompositeLoss, StepInfo, TunedOptimizer
-from tests.torch.models import dense_hessian, flat, mlp, parameters
+from tests.torch.models import NanCurvature, dense_hessian, flat, mlp, parameters
 
 ALL = 26
 """Products for the whole Krylov space of the network below, which makes Lanczos exact."""
@@ -373,20 +373,6 @@ def test_a_concave_loss_or_a_straight_line_holds_the_rate() -> None:
         optimizer.step(closure)
         assert float(optimizer.last.sharpness) == pytest.approx(expected)
         assert float(optimizer.last.learning_rate) == 0.1
-
-
-class NanCurvature(torch.autograd.Function):
-    """The square, whose second derivative is NaN."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad + (x - x.detach()).clamp(min=0) ** 0.5 * 0
 
 
 def everything_kept(optimizer: TunedOptimizer) -> Any:
