@@ -79,10 +79,7 @@ def closure_loss(
         variables, grads = differentiate(loss, params, create_graph=twice)
     for p, g in zip(params, scattered(params, variables, grads), strict=True):
         p.grad = g
-    found = [(p, v, g) for p, v, g in zip(params, variables, grads, strict=True) if g is not None]
-    return ClosureLoss(
-        closure, trace.start, loss, Gradient(*(list(column) for column in zip(*found, strict=True)))
-    )
+    return ClosureLoss(closure, trace.start, loss, Gradient.known(params, variables, grads))
 
 
 def refuse_grad_scaler() -> None:

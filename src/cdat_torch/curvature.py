@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,55 +21,22 @@ from cdat_torch import fully_sharded
 from cdat_torch.differentiability import anything_compiled, refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
-    check_scalar,
     differentiate,
     evaluate,
-    gradients,
     vector_jacobian,
 )
 from cdat_torch.gauss_newton import first_line
 from cdat_torch.methods import (
     AUTO,
     BY_NAME,
-    METHODS,
     Point,
     method_named,
     method_with_product,
 )
-from cdat_torch.reevaluation import RandomState, undone_on_error
+from cdat_torch.reevaluation import undone_on_error
 from cdat_torch.spaces import TensorListSpace
 
 T = TypeVar("T")
-
-__all__ = [
-    "METHODS",
-    "LossFn",
-    "check_loss",
-    "check_method",
-    "check_scalar",
-    "differentiated_twice",
-    "directional_curvature",
-    "evaluate",
-    "gradients",
-    "hessian_product",
-    "hvp",
-    "measure",
-]
-
-
-def check_method(curvature: str) -> None:
-    """Raise a ValueError unless `curvature` names a way to compute it."""
-    method_named(curvature)
-
-
-def check_loss(loss_fn: Any, argument: str, *, method: str) -> None:
-    """Raise a TypeError unless the method can use this loss, before anything is evaluated."""
-    method_named(method).check(loss_fn, argument)
-
-
-def differentiated_twice(method: str) -> bool:
-    """Return whether loss and gradient are to be computed with a graph for double backward."""
-    return method_named(method).differentiated_twice
 
 
 def measure(
@@ -139,12 +106,11 @@ def measure(
     >>> [float(x) for x in measurement[:3]]
     [9.0, 12.0, 12.0]
     """
-    check_method(curvature)
+    way = method_named(curvature)
     params, direction = list(params), list(direction)
     _check_direction(params, direction)
-    check_loss(loss_fn, "loss_fn", method=curvature)
-    space = TensorListSpace()
-    twice = differentiated_twice(curvature)
+    way.check(loss_fn, "loss_fn")
+    space, twice = TensorListSpace(), way.differentiated_twice
     try:
         with undone_on_error(params) as trace:
             with trace.recorded(buffers=twice or not anything_compiled()):
@@ -155,9 +121,8 @@ def measure(
             w, u = [variables[i] for i in present], [direction[i] for i in present]
             g = [grad for grad in grads if grad is not None]
             slope = space.vdot([grad.detach() for grad in g], u)
-            second, _ = directional_curvature(
-                loss_fn, loss, g, w, u, method=curvature, start=trace.start
-            )
+            point = Point(loss_fn, loss, g, w, u, trace.start)
+            second, _ = directional_curvature(point, method=curvature)
             scalars = [loss.detach().to(slope), slope, second]
             return cdat_core.Measurement(*fully_sharded.means(params, scalars))
     finally:
@@ -215,34 +180,8 @@ def hvp(
     return product
 
 
-def directional_curvature(
-    loss_fn: LossFn,
-    loss: Tensor,
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    *,
-    method: str,
-    start: RandomState,
-) -> tuple[Tensor, str]:
-    """Return <u, C u> and the method that gave it.
-
-    Parameters
-    ----------
-    loss_fn : callable
-        The loss; "hessian" does not call it again.
-    loss : Tensor
-        What it returned, with its graph.
-    grads : sequence of Tensor
-        The gradient, with its graph if the method is `differentiated_twice`.
-    params, direction : sequence of Tensor
-        The parameters that have a gradient, and u.
-    method : str
-        One of `METHODS`.
-    start : RandomState
-        The random state from which `loss_fn` was evaluated.
-    """
-    point = Point(loss_fn, loss, grads, params, direction, start)
+def directional_curvature(point: Point, *, method: str) -> tuple[Tensor, str]:
+    """Return <u, C u> and the method that gave it."""
     return _by(method, lambda name: BY_NAME[name].curvature(point))
 
 

@@ -43,19 +43,32 @@ class Gradient(NamedTuple):
     variables: list[Tensor]
     grads: list[Tensor]
 
+    @classmethod
+    def known(
+        cls, params: Sequence[Tensor], variables: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Gradient:
+        """Return the gradient with respect to what the loss depends on."""
+        found = cls([], [], [])
+        for p, v, g in zip(params, variables, grads, strict=True):
+            if g is not None:
+                found.params.append(p)
+                found.variables.append(v)
+                found.grads.append(g)
+        return found
+
     @property
     def gathered(self) -> bool:
         """Whether modules gathered variables for a second derivative."""
         return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
 
     @contextmanager
-    def only_exact(self) -> Iterator[None]:
-        """Say what to do if gathered variables have no second derivative.
+    def suitable(self, method: str) -> Iterator[str]:
+        """Give the method, which is exact or raises if variables were gathered.
 
         Differences cannot take over: the modules would undo a displacement of what they gathered.
         """
         try:
-            yield
+            yield "hessian" if self.gathered else method
         except (RuntimeError, NotImplementedError) as error:
             if self.gathered:
                 error.add_note('for modules under fully_shard pass curvature="finite_difference"')
@@ -138,28 +151,22 @@ class ClosureLoss:
 
     def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
         """Return <u, H u> and the method that gave it."""
-        with torch.enable_grad(), self.gradient.only_exact():
-            return directional_curvature(
-                self.closure,
-                self.loss,
-                self.gradient.grads,
-                self.gradient.variables,
-                [along[v] for v in self.gradient.variables],
-                method="hessian" if self.gradient.gathered else method,
-                start=self.start,
-            )
+        with torch.enable_grad(), self.gradient.suitable(method) as way:
+            return directional_curvature(self._point(along), method=way)
 
     def product(
         self, direction: Direction, method: str, *, retain_graph: bool
     ) -> tuple[Direction, str]:
         """Return H u and the method that gave it."""
-        along, (_, variables, grads) = self.along(direction), self.gradient
-        u = [along[v] for v in variables]
-        point = Point(self.closure, self.loss, grads, variables, u, self.start)
-        method = "hessian" if self.gradient.gathered else method
-        with torch.enable_grad(), self.gradient.only_exact():
-            product, used = hessian_product(point, method=method, retain_graph=retain_graph)
+        point = self._point(self.along(direction))
+        with torch.enable_grad(), self.gradient.suitable(method) as way:
+            product, used = hessian_product(point, method=way, retain_graph=retain_graph)
         return self.gradient.by_param(product), used
+
+    def _point(self, along: Direction) -> Point:
+        _, variables, grads = self.gradient
+        u = [along[v] for v in variables]
+        return Point(self.closure, self.loss, grads, variables, u, self.start)
 
 
 class _Record(NamedTuple):
@@ -218,14 +225,8 @@ class MicroBatches:
                     # A copy: what clips p.grad must not reach into the graph of the gradient.
                     p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)
             self._value = _value(loss) if self._value is None else self._value + _value(loss)
-        gradient = Gradient([], [], [])
-        for p, v, g in zip(params, variables, found, strict=True):
-            if g is not None:
-                gradient.params.append(p)
-                gradient.variables.append(v)
-                gradient.grads.append(g if create_graph else g.detach())
         root = scaled if create_graph else scaled.detach()
-        self._records.append(_Record(root, gradient, scale))
+        self._records.append(_Record(root, Gradient.known(params, variables, found), scale))
 
     def along(self, direction: Direction) -> Direction:
         """Return u by variable."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import cdat_core
 from cdat_core import _validation
-from cdat_torch.curvature import LossFn, hvp
+from cdat_torch.curvature import hvp
 from cdat_torch.differentiability import refuse_once_differentiable
+from cdat_torch.differentiation import LossFn
 from cdat_torch.fully_sharded import release
 from cdat_torch.groups import check_params
 from cdat_torch.preconditioner import Preconditioner, Vector, inverse_square_root
