@@ -152,7 +152,12 @@ def cdat(*, composite: bool = False, **options: Any) -> Callable[[Task], Step]:
             loss = cdat_torch.CompositeLoss(
                 lambda: task.model(task.x), lambda outputs: F.cross_entropy(outputs, task.y)
             )
-        return lambda: optimizer.step(loss)
+
+        def step() -> None:
+            optimizer.zero_grad()  # as Adam does; else old gradients are kept through the step
+            optimizer.step(loss)
+
+        return step
 
     return make
 
