@@ -161,7 +161,8 @@ def _wasserstein(nodes: Scalar, difference: Scalar) -> Scalar:
     nodes = xp.take(nodes, order, axis=0)
     gaps = nodes[1:] - nodes[:-1]
     distribution = xp.cumulative_sum(xp.take(difference, order, axis=-1), axis=-1)
-    return xp.sum(xp.abs(distribution[..., :-1]) * gaps, axis=-1)
+    heights = xp.abs(distribution[..., :-1])
+    return xp.sum(heights * xp.broadcast_to(gaps, heights.shape), axis=-1)
 
 
 def _sampling_error(nodes: Scalar, masses: Scalar, share: Scalar) -> Scalar:

@@ -9,7 +9,9 @@ except ImportError as error:
 
 from cdat_jax.composite import CompositeLoss
 from cdat_jax.curvature import hvp, measure
+from cdat_jax.preconditioner import adam_inverse_sqrt
 from cdat_jax.spaces import TreeSpace
+from cdat_jax.spectrum import sharpness, spectral_density, top_eigenvalues, trace
 from cdat_jax.transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
 from cdat_jax.wrapper import CDATState, cdat
 
@@ -19,11 +21,16 @@ __all__ = [
     "ScaleByTunerState",
     "TreeSpace",
     "TunerInfo",
+    "adam_inverse_sqrt",
     "cdat",
     "hvp",
     "measure",
     "scale_by_cdat",
     "scale_by_tuner",
+    "sharpness",
+    "spectral_density",
+    "top_eigenvalues",
+    "trace",
 ]
 
 del _jax, _optax

@@ -109,13 +109,24 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     >>> [float(x) for x in product(jnp.array([1.0, 1.0]))]
     [6.0, 12.0]
     """
-    _, product = jax.linearize(jax.grad(require_scalar(value_fn)), params)
+    linear = linearized_gradient(value_fn, params)
 
     def checked(v: PyTree, /) -> PyTree:
-        # Conjugated like the gradient itself: jax.grad returns the conjugate of the gradient.
-        return jax.tree.map(jnp.conj, product(tangent_like(params, v)))
+        return hessian_product(linear, tangent_like(params, v))
 
     return checked
+
+
+def linearized_gradient(value_fn: Objective, params: PyTree) -> Callable[[PyTree], PyTree]:
+    """Return the derivative of ``jax.grad(value_fn)`` at `params`; it can leave a ``jax.jit``."""
+    _, linear = jax.linearize(jax.grad(require_scalar(value_fn)), params)
+    return linear
+
+
+def hessian_product(linear: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+    """Return H v, with the derivative of ``jax.grad``, at a `v` in the dtypes of the parameters."""
+    # Conjugated like the gradient itself: jax.grad returns the conjugate of the gradient.
+    return jax.tree.map(jnp.conj, linear(v))
 
 
 def require_scalar(value_fn: Objective, name: str = "value_fn") -> Objective:
@@ -131,16 +142,23 @@ def require_scalar(value_fn: Objective, name: str = "value_fn") -> Objective:
     return checked
 
 
-def tangent_like(params: PyTree, direction: PyTree) -> PyTree:
-    """Return `direction` in the dtypes of `params`; a ValueError if the shapes differ."""
+def tangent_like(params: PyTree, direction: PyTree, *, name: str = "direction") -> PyTree:
+    """Return `direction` in the dtypes of `params`; a ValueError if structure or shapes differ."""
+    check_like(params, direction, name=name)
+    return jax.tree.map(lambda p, u: jnp.asarray(u).astype(jnp.asarray(p).dtype), params, direction)
 
-    def like(p: Any, u: Any) -> jax.Array:
+
+def check_like(params: PyTree, tree: PyTree, *, name: str) -> None:
+    """Raise a ValueError unless `tree` has the structure and the shapes of `params`."""
+    structure: Any = jax.tree.structure(params)
+    got: Any = jax.tree.structure(tree)
+    if got != structure:
+        msg = f"{name} must have the structure of params, {structure}, got {got}"
+        raise ValueError(msg)
+    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(tree), strict=True):
         if jnp.shape(p) != jnp.shape(u):
-            msg = f"direction must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
+            msg = f"{name} must have the shapes of params, got {jnp.shape(u)} for {jnp.shape(p)}"
             raise ValueError(msg)
-        return jnp.asarray(u).astype(jnp.asarray(p).dtype)
-
-    return jax.tree.map(like, params, direction)
 
 
 Model = tuple[jax.Array, jax.Array, jax.Array]
