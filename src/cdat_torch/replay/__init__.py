@@ -1,0 +1,28 @@
+"""Exact curvature without a second reverse pass: the autograd graph is replayed along a direction.
+
+<u, H u> is a sum over the operations of the forward pass: the adjoint of each output, which
+backward computes anyway, times the second-order change of that output. `recording` watches the
+backward pass and then carries the direction through the graph; each operation has a rule in
+`elementwise`, `products`, `structure`, `reductions`, `softmax`, `normalisation`, `attention` or
+`losses`, or is left to `fallback`.
+"""
+
+from cdat_torch.replay import (
+    attention,
+    elementwise,
+    losses,
+    normalisation,
+    products,
+    reductions,
+    softmax,
+    structure,
+)
+from cdat_torch.replay.recording import Mismatch, Recording
+from cdat_torch.replay.registry import Unsupported
+
+__all__ = ["Mismatch", "Recording", "Unsupported"]
+
+# Importing the modules registers their rules.
+_RULES = (
+    attention, elementwise, losses, normalisation, products, reductions, softmax, structure,
+)  # fmt: skip

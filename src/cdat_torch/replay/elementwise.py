@@ -1,0 +1,181 @@
+"""Functions of single numbers: y = f(x), y' = f'(x) x' and y'' = f''(x) x'^2.
+
+The Jacobian is diagonal, so y' is what the node's own backward makes of x'. A rule gives f''.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdat_torch.replay.arithmetic import dot
+from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, Tangent, linear
+
+
+def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node], Any]]:
+    """Register ``factor(node) -> f''(x)`` for the autograd nodes of these names."""
+
+    def register(factor: Callable[[Node], Any]) -> Callable[[Node], Any]:
+        def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
+            if any(other is not None for other in others):
+                return NotImplemented
+            dy = node.vjp(dx)[0]
+            return Pushed(dy, dot(factor(node) * node.adjoint * dx, dx))
+
+        for name in names:
+            RULES[name] = Rule(push, adjoint=True)
+        return factor
+
+    return register
+
+
+@linear(
+    "ReluBackward0", "LeakyReluBackward0", "LeakyReluBackward1", "ThresholdBackward0",
+    "ThresholdBackward1", "HardtanhBackward0", "HardtanhBackward1", "HardsigmoidBackward0",
+    "AbsBackward0", "ClampBackward0", "ClampMinBackward0", "ClampMaxBackward0", "NegBackward0",
+    "MulBackward1", "DivBackward1",
+)  # fmt: skip
+def piecewise_linear(node: Node, dx: Tensor) -> Tangent:
+    """F'' = 0 where it exists."""
+    return node.vjp(dx)[0]
+
+
+@linear("NativeDropoutBackward0")
+def dropout(node: Node, dx: Tensor) -> Tangent:
+    """A mask, scaled."""
+    return node.vjp(dx, None)[0]
+
+
+@elementwise("ExpBackward0")
+def exp(node: Node) -> Tensor:
+    """F'' = f."""
+    return node.saved("result")  # type: ignore[no-any-return]
+
+
+@elementwise("LogBackward0")
+def log(node: Node) -> Tensor:
+    """F'' = -1 / x^2."""
+    return -node.saved("self") ** -2  # type: ignore[no-any-return]
+
+
+@elementwise("Log1PBackward0")
+def log1p(node: Node) -> Tensor:
+    """F'' = -1 / (1 + x)^2."""
+    return -((1 + node.saved("self")) ** -2)  # type: ignore[no-any-return]
+
+
+@elementwise("PowBackward0")
+def power(node: Node) -> Any:
+    """F'' = p (p - 1) x^(p - 2), for a constant exponent."""
+    p = node.saved("exponent")
+    if p in (0, 1):
+        return 0.0
+    return 2.0 if p == 2 else p * (p - 1) * node.saved("self") ** (p - 2)
+
+
+@elementwise("SqrtBackward0")
+def sqrt(node: Node) -> Tensor:
+    """F'' = -1 / (4 f^3)."""
+    return -0.25 * node.saved("result") ** -3  # type: ignore[no-any-return]
+
+
+@elementwise("RsqrtBackward0")
+def rsqrt(node: Node) -> Tensor:
+    """F'' = 3/4 f^5."""
+    return 0.75 * node.saved("result") ** 5  # type: ignore[no-any-return]
+
+
+@elementwise("ReciprocalBackward0")
+def reciprocal(node: Node) -> Tensor:
+    """F'' = 2 f^3."""
+    return 2 * node.saved("result") ** 3  # type: ignore[no-any-return]
+
+
+@elementwise("SinBackward0")
+def sin(node: Node) -> Tensor:
+    """F'' = -f."""
+    return -node.saved("self").sin()  # type: ignore[no-any-return]
+
+
+@elementwise("CosBackward0")
+def cos(node: Node) -> Tensor:
+    """F'' = -f."""
+    return -node.saved("self").cos()  # type: ignore[no-any-return]
+
+
+@elementwise("TanhBackward0")
+def tanh(node: Node) -> Tensor:
+    """F'' = -2 f (1 - f^2)."""
+    y = node.saved("result")
+    return 2 * y * (y * y - 1)  # type: ignore[no-any-return]
+
+
+@elementwise("SigmoidBackward0")
+def sigmoid(node: Node) -> Tensor:
+    """F'' = f (1 - f) (1 - 2 f)."""
+    y = node.saved("result")
+    return y * (1 - y) * (1 - 2 * y)  # type: ignore[no-any-return]
+
+
+@elementwise("LogSigmoidBackward0")
+def log_sigmoid(node: Node) -> Tensor:
+    """F'' = -s (1 - s), with s the sigmoid."""
+    s = node.saved("self").sigmoid()
+    return s * (s - 1)  # type: ignore[no-any-return]
+
+
+@elementwise("SiluBackward0")
+def silu(node: Node) -> Tensor:
+    """F'' = s (1 - s) (2 + x (1 - 2 s)), with s the sigmoid."""
+    x = node.saved("self")
+    s = x.sigmoid()
+    return s * (1 - s) * (2 + x * (1 - 2 * s))  # type: ignore[no-any-return]
+
+
+@elementwise("SoftplusBackward0")
+def softplus(node: Node) -> Tensor:
+    """F'' = beta s (1 - s), with s the sigmoid of beta x, below the threshold."""
+    scaled = node.saved("self") * node.saved("beta")
+    s = scaled.sigmoid()
+    return torch.where(scaled > node.saved("threshold"), 0.0, node.saved("beta") * s * (1 - s))
+
+
+@elementwise("HardswishBackward0")
+def hardswish(node: Node) -> Tensor:
+    """F'' = 1/3 between -3 and 3."""
+    x = node.saved("self")
+    return (x.abs() < 3).to(x.dtype) / 3  # type: ignore[no-any-return]
+
+
+@elementwise("EluBackward0")
+def elu(node: Node) -> Tensor:
+    """F'' = alpha scale c^2 exp(c x) for x < 0, with c the scale of the input."""
+    x, c = node.saved("self"), node.saved("input_scale")
+    factor = node.saved("alpha") * node.saved("scale") * c * c
+    return torch.where(x > 0, 0.0, factor * (c * x.clamp(max=0)).exp())
+
+
+@elementwise("GeluBackward0")
+def gelu(node: Node) -> Tensor:
+    """F'' = (2 - x^2) phi(x), with phi the normal density; of the tanh form its own."""
+    x = node.saved("self")
+    if node.saved("approximate") == "none":
+        square = x * x
+        density = torch.mul(square, -0.5).exp_()
+        return density.mul_(square.neg_().add_(2.0)).mul_(1 / math.sqrt(2 * math.pi))  # type: ignore[no-any-return]
+    # f = x (1 + t) / 2 with t = tanh k and k = c (x + d x^3); t' = k' s and s = 1 - t^2
+    c, d = math.sqrt(2 / math.pi), 0.044715
+    t = (c * (x + d * x**3)).tanh()
+    s, dk = 1 - t * t, c * (1 + 3 * d * x * x)
+    return dk * s + x * (3 * c * d * x * s - t * dk * dk * s)  # type: ignore[no-any-return]
+
+
+@elementwise("ErfBackward0")
+def erf(node: Node) -> Tensor:
+    """F'' = -4 x exp(-x^2) / sqrt(pi)."""
+    x = node.saved("self")
+    return -4 / math.sqrt(math.pi) * x * (-x * x).exp()  # type: ignore[no-any-return]

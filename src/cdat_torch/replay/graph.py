@@ -1,0 +1,108 @@
+"""The part of an autograd graph through which parameters reach the loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cdat_torch.replay import fallback
+from cdat_torch.replay.registry import RULES, Edge, Node, Rule, Unsupported
+
+FALLBACK = Rule(fallback.push, adjoint=True)
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+class Graph:
+    """Nodes between parameters and loss, inputs before outputs.
+
+    Parameters
+    ----------
+    loss : Tensor
+        A scalar with its graph.
+    variables : sequence of Tensor
+        The parameters, leaves of the graph.
+
+    Attributes
+    ----------
+    nodes : list of Node
+        The operations that depend on a parameter.
+    leaves : dict
+        By edge, the position of the parameter in `variables`.
+    uses : Counter
+        How many operations read each edge.
+    root : Edge
+        The loss.
+
+    Raises
+    ------
+    Unsupported
+        If an operation between them has neither a rule nor a place among the checked ones.
+    """
+
+    def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
+        self.nodes: list[Node] = []
+        self.leaves: dict[Edge, int] = {}
+        self.uses: Counter[Edge] = Counter()
+        self.root: Edge = (loss.grad_fn, loss.output_nr)
+        positions = {id(v): i for i, v in enumerate(variables)}
+        active: set[Any] = set()
+        for found in _inputs_first(loss.grad_fn):
+            name = found.name()
+            if name == _LEAF:
+                if id(found.variable) in positions:
+                    active.add(found)
+                    self.leaves[found, 0] = positions[id(found.variable)]
+                continue
+            reached = [edge for edge in found.next_functions if edge[0] in active]
+            if reached:
+                if name not in RULES and name not in fallback.CHECKED:
+                    raise Unsupported(f"{name} has no rule")
+                active.add(found)
+                self.uses.update(reached)
+                self.nodes.append(Node(found))
+
+    def needs(self, node: Node) -> tuple[bool, tuple[int, ...]]:
+        """Return whether a node's rule needs the adjoint, and which derivatives of inputs."""
+        rule = rule_of(node)
+        if rule.both:
+            edges = node.autograd.next_functions
+            if not all(self.uses[edges[i]] for i in rule.both):
+                return False, ()
+        return rule.adjoint, rule.gradients
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What tells graphs of different operations apart; sizes do not count."""
+        return tuple((node.name, len(node.shape())) for node in self.nodes)
+
+
+def rule_of(node: Node) -> Rule:
+    """Return the rule for a node, the fallback for operations that have none."""
+    return RULES.get(node.name, FALLBACK)
+
+
+def _inputs_first(root: Any) -> list[Any]:
+    """Return the nodes below `root`, each after all that it reads; without recursion."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack: list[tuple[Any, int]] = [(root, 0)]
+    while stack:
+        node, position = stack.pop()
+        if position == 0:
+            if node in seen:
+                continue
+            seen.add(node)
+        following = node.next_functions
+        while position < len(following) and (
+            following[position][0] is None or following[position][0] in seen
+        ):
+            position += 1
+        if position < len(following):
+            stack.append((node, position + 1))
+            stack.append((following[position][0], 0))
+        else:
+            order.append(node)
+    return order

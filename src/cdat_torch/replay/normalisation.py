@@ -1,0 +1,205 @@
+"""Normalisation: c = x - mean, y = r c w + b with r = (mean c^2 + eps)^(-1/2).
+
+Means are over the entries that are normalised together. With q = r' / r, which is
+-r mean(x^ x'), where x^ = r c is the normalised input,
+
+    x^'  = q x^ + r c',        x^'' = 2 q (x^' - q x^) + (r'' / r) x^,
+    r'' / r = 3 q^2 - r^2 mean(c'^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdat_torch.replay.arithmetic import dot
+from cdat_torch.replay.registry import Node, Pushed, Tangent, rule
+
+_ATEN = torch.ops.aten
+
+
+@rule("NativeLayerNormBackward0")
+def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
+    """Each of the last dimensions together."""
+    x, mean, r = node.saved("input"), node.saved("result1"), node.saved("result2")
+    weight, shape = node.saved("weight"), list(node.saved("normalized_shape"))
+    dims = tuple(range(-len(shape), 0))
+    normal = (x - mean).mul_(r)
+    second = moved = None
+    if dx is not None:
+        # the Jacobian of x^ is symmetric, so backward's kernel gives x^'
+        moved = _ATEN.native_layer_norm_backward(
+            dx.contiguous(), x, shape, mean, r, None, None, [True, False, False]
+        )[0]
+        adjoint = node.adjoint if weight is None else node.adjoint * weight
+        second = _second_order(normal, moved, dx, r, adjoint, dims)
+    y, mixed = _affine(node, normal, moved, weight, dw, db, node.adjoint)
+    return Pushed([y, None, None], _total(second, mixed))
+
+
+@rule("NativeGroupNormBackward0")
+def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
+    """The channels of a group together."""
+    x = node.saved("input")
+    groups, size, channels = node.saved("group"), x.shape[0], x.shape[1]
+
+    def by_group(t: Tensor) -> Tensor:
+        return t.reshape(size, groups, -1)
+
+    def by_channel(t: Tangent) -> Tangent:
+        return None if t is None else t.view(1, channels, *[1] * (x.dim() - 2))
+
+    mean, r = by_group(node.saved("result1")), by_group(node.saved("result2"))
+    weight, adjoint = by_channel(node.saved("weight")), node.adjoint
+    normal = (by_group(x) - mean).mul_(r)
+    second = moved = None
+    if dx is not None:
+        dc = by_group(dx) - by_group(dx).mean(-1, keepdim=True)
+        q = -(normal * dc).mean(-1, keepdim=True) * r
+        moved = torch.addcmul(r * dc, q, normal)
+        weighted = by_group(adjoint if weight is None else adjoint * weight)
+        second = _second_order(normal, moved, by_group(dx), r, weighted, (-1,))
+        moved = moved.view_as(x)
+    y, mixed = _affine(
+        node, normal.view_as(x), moved, weight, by_channel(dw), by_channel(db), adjoint
+    )
+    return Pushed([y, None, None], _total(second, mixed))
+
+
+def _second_order(
+    normal: Tensor, moved: Tensor, dx: Tensor, r: Tensor, adjoint: Tensor, dims: tuple[int, ...]
+) -> Tensor:
+    """Return <adjoint, x^''>, given x^, x^' and x'."""
+    q = -(normal * dx).mean(dims, keepdim=True) * r
+    centred = dx - dx.mean(dims, keepdim=True)
+    ratio = 3 * q * q - r * r * (centred * centred).mean(dims, keepdim=True)
+    second = torch.sub(moved, normal * q).mul_(2 * q).addcmul_(normal, ratio)
+    return dot(adjoint, second)
+
+
+def _affine(
+    node: Node,
+    normal: Tensor,
+    moved: Tangent,
+    weight: Tangent,
+    dw: Tangent,
+    db: Tangent,
+    adjoint: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the tangent of ``w x^ + b`` and its mixed second-order term."""
+    y, mixed = None, None
+    if moved is not None:
+        y = moved if weight is None else moved * weight
+        if dw is not None:
+            mixed = 2 * dot(adjoint, moved * dw)
+    if dw is not None:
+        y = normal * dw if y is None else torch.addcmul(y, normal, dw)
+    if db is not None:
+        y = db.expand(node.shape()) if y is None else y + db
+    assert y is not None
+    return y, mixed
+
+
+def _total(*terms: Tensor | None) -> Tensor | None:
+    present = [term.double() for term in terms if term is not None]
+    return torch.stack(present).sum() if present else None
+
+
+@rule("NativeBatchNormBackward0", gradients=(1,))
+def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
+    """Each channel over the batch; in evaluation mean and deviation are constants.
+
+    Four calls of backward's kernel give all sums over the batch without a temporary of its size.
+    """
+    x, weight = node.saved("input"), node.saved("weight")
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if not node.saved("training"):
+        r = (node.saved("running_var") + node.saved("eps")).rsqrt().view(shape)
+        mean = node.saved("running_mean").view(shape)
+        moved = None if dx is None else dx * r
+        by_channel = [None if v is None else v.view(shape) for v in (weight, dw, db)]
+        y, mixed = _affine(node, (x - mean) * r, moved, *by_channel, node.adjoint)
+        return Pushed([y, None, None], mixed)
+    mean, r = node.saved("result1"), node.saved("result2")
+    y, second = None, None
+    if dx is not None:
+        y, second = _batch_moments(node, dx.contiguous(), x, weight, dw, mean, r)
+    if dw is not None:
+        scale = dw * r
+        offset = -scale * mean if db is None else db - scale * mean
+        offset, scale = offset.view(shape), scale.view(shape)
+        y = torch.addcmul(offset, x, scale) if y is None else y.addcmul_(x, scale).add_(offset)
+    elif db is not None:
+        y = db.view(shape).expand_as(x) if y is None else y.add_(db.view(shape))
+    return Pushed([y, None, None], second)
+
+
+def _batch_moments(
+    node: Node, dx: Tensor, x: Tensor, weight: Tangent, dw: Tangent, mean: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return w x^' and the second-order term."""
+    number = x.numel() / x.shape[1]
+
+    def backward(
+        grad: Tensor, x: Tensor, w: Any, mean: Tensor, r: Tensor, eps: float, wanted: list[bool]
+    ) -> Any:
+        return _ATEN.native_batch_norm_backward(
+            grad, x, w, None, None, mean, r, True, eps, wanted
+        )
+
+    adjoint = node.adjoint.contiguous()
+    moved, with_normal, sums = backward(dx, x, weight, mean, r, node.saved("eps"), [True] * 3)
+    mean_dx, one, sums_only = sums / number, torch.ones_like(r), [False, True, True]
+    squares = backward(dx, dx, None, mean_dx, one, 0.0, sums_only)[1] / number
+    with_adjoint = backward(adjoint, dx, None, mean_dx, one, 0.0, sums_only)[1]
+    gradient = node.gradient(1)  # <adjoint, x^> for each channel
+    if gradient is None:
+        gradient = backward(adjoint, x, None, mean, r, 0.0, sums_only)[1]
+    q = -r * with_normal / number
+    ratio = 3 * q * q - r * r * squares
+    # <adjoint, x^''> with x^'' = 2 q r c' + (r'' / r) x^
+    second = 2 * q * r * with_adjoint + ratio * gradient
+    second = (second if weight is None else second * weight).sum(dtype=torch.float64)
+    if dw is not None:
+        second = second + 2 * (dw * (r * with_adjoint + q * gradient)).sum(dtype=torch.float64)
+    return moved, second
+
+
+def _weight_norm_in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    def normalised(v: Tensor, g: Tensor) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, node.saved("dim")))
+
+    return normalised, [node.saved("v"), node.saved("g")]
+
+
+@rule("WeightNormInterfaceBackward0", forward=_weight_norm_in_parts)
+def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
+    """W = g v / |v|, the norm over all dimensions but one.
+
+    With n = |v| and e = v / n: n' = <e, v'>, e' = (v' - e n') / n, n'' = (|v'|^2 - n'^2) / n and
+    e'' = -(2 e' n' + e n'') / n. PyTorch's own second derivative takes n for a constant.
+    """
+    v, g, n = node.saved("v"), node.saved("g"), node.saved("result1")
+    kept = node.saved("dim") % v.dim()
+    dims = tuple(d for d in range(v.dim()) if d != kept)
+    n = n.to(v.dtype).view([v.shape[d] if d == kept else 1 for d in range(v.dim())])
+    g = g.view_as(n)
+    dg = None if dg is None else dg.view_as(n)
+    e = v / n
+    if dv is None:
+        assert dg is not None
+        return Pushed([e * dg, None])
+    dn = (e * dv).sum(dims, keepdim=True)
+    de = (dv - e * dn) / n
+    ddn = ((dv * dv).sum(dims, keepdim=True) - dn * dn) / n
+    second = -g * (2 * de * dn + e * ddn) / n
+    y = g * de
+    if dg is not None:
+        y = y + e * dg
+        second = second + 2 * de * dg
+    return Pushed([y, None], dot(node.adjoint, second))
+
+

@@ -1,0 +1,196 @@
+"""A backward pass that is watched, and the sweep through the graph that follows it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdat_torch.replay import fallback
+from cdat_torch.replay.graph import FALLBACK, Graph, rule_of
+from cdat_torch.replay.registry import Edge, Node, Pushed, Rule, Tangent, Unsupported
+
+_VERIFIED: set[tuple[Any, ...]] = set()
+"""Signatures of graphs in which every rule agreed with the fallback."""
+_MOST_VERIFIED = 4096
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_COARSE = 0.1
+"""Relative tolerance for half precision."""
+
+
+class Mismatch(Unsupported):
+    """What was replayed is not what the graph computed."""
+
+
+class Recording:
+    """Watches the backward pass of a loss, and replays its graph along a direction.
+
+    Parameters
+    ----------
+    loss : Tensor
+        A scalar with its graph.
+    variables : sequence of Tensor
+        The parameters.
+
+    Raises
+    ------
+    Unsupported
+        If the graph holds an operation that cannot be replayed.
+    """
+
+    def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
+        if any(v.is_complex() for v in variables):
+            msg = "parameters are complex"
+            raise Unsupported(msg)
+        self._graph = Graph(loss, variables)
+        self._dtypes = {v.dtype for v in variables}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep what the rules need of the backward pass that runs in the block.
+
+        It must retain the graph, and compute the gradient with respect to all variables.
+        """
+        handles = []
+        try:
+            for node in self._graph.nodes:
+                adjoint, gradients = self._graph.needs(node)
+                if gradients:
+                    keep = functools.partial(_keep_both, node, gradients)
+                    handles.append(node.autograd.register_hook(keep))
+                elif adjoint:
+                    keep = functools.partial(_keep_adjoints, node)
+                    handles.append(node.autograd.register_prehook(keep))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def sweep(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return slope and curvature along a direction; this is done once.
+
+        Parameters
+        ----------
+        direction : sequence of Tensor
+            u, like the variables.
+
+        Returns
+        -------
+        slope, curvature : Tensor
+            0-d, float64.
+
+        Raises
+        ------
+        Mismatch
+            If a rule does not agree with the double backward of its operation, which is tested
+            where the graph has not been seen before.
+        """
+        graph = self._graph
+        verify = (signature := graph.signature) not in _VERIFIED
+        tangents: dict[Edge, Tangent] = {
+            edge: direction[position].detach() for edge, position in graph.leaves.items()
+        }
+        uses, terms = graph.uses.copy(), []
+        with torch.no_grad():
+            for node in graph.nodes:
+                edges = node.autograd.next_functions
+                moved = [tangents.get(edge) for edge in edges]
+                if any(tangent is not None for tangent in moved):
+                    pushed = _pushed(node, moved, verify=verify, coarse=self._coarse)
+                    outs = outputs(pushed)
+                    tangents.update({(node.autograd, i): t for i, t in enumerate(outs)})
+                    if pushed.second is not None:
+                        terms.append(pushed.second.to(torch.float64).reshape(()))
+                node.detached()
+                for edge in edges:
+                    if edge in uses:
+                        uses[edge] -= 1
+                        if not uses[edge]:
+                            del uses[edge]
+                            tangents.pop(edge, None)
+        if verify and len(_VERIFIED) < _MOST_VERIFIED:
+            _VERIFIED.add(signature)
+        slope = tangents.get(graph.root)
+        zero = torch.zeros((), dtype=torch.float64, device=direction[0].device)
+        curvature = torch.stack(terms).sum() if terms else zero
+        return zero if slope is None else slope.to(torch.float64), curvature
+
+    @property
+    def _coarse(self) -> float:
+        return max(_TOLERANCE.get(dtype, _COARSE) for dtype in self._dtypes)
+
+    def check_slope(self, replayed: Tensor, slope: Tensor, scale: Tensor) -> None:
+        """Raise a `Mismatch` unless two slopes agree; `scale` is the size of their terms."""
+        if not bool(torch.abs(replayed - slope) <= self._coarse * scale):
+            msg = f"the replayed slope is {float(replayed):.6g}, that of the gradient {slope:.6g}"
+            raise Mismatch(msg)
+
+
+def _keep_adjoints(node: Node, adjoints: tuple[Tensor | None, ...]) -> None:
+    node.adjoints = tuple(adjoints)
+
+
+def _keep_both(
+    node: Node,
+    positions: tuple[int, ...],
+    gradients: tuple[Tensor | None, ...],
+    adjoints: tuple[Tensor | None, ...],
+) -> None:
+    node.adjoints = tuple(adjoints)
+    for position in positions:
+        gradient = gradients[position]
+        if gradient is not None:
+            node.keep(position, gradient)
+
+
+def _pushed(node: Node, moved: Sequence[Tangent], *, verify: bool, coarse: float) -> Pushed:
+    """Apply the rule of a node; with `verify` compare it with the fallback."""
+    rule = rule_of(node)
+    pushed = rule.push(node, *moved)
+    if pushed is NotImplemented:
+        if node.name not in fallback.CHECKED:
+            msg = f"{node.name} was called with arguments that its rule does not cover"
+            raise Unsupported(msg)
+        return fallback.push(node, *moved)
+    found: Pushed = pushed
+    if verify and rule is not FALLBACK:
+        _compare(node, found, _reference(node, rule, moved), coarse)
+    return found
+
+
+def _reference(node: Node, rule: Rule, moved: Sequence[Tangent]) -> Pushed:
+    if rule.forward is None:
+        return fallback.push(node, *moved)
+    function, inputs = rule.forward(node)
+    return fallback.push_through(function, inputs, node, *moved)
+
+
+def _compare(node: Node, found: Pushed, expected: Pushed, tolerance: float) -> None:
+    """Raise a `Mismatch` unless tangents and second-order terms agree."""
+    msg = f"the rule for {node.name} does not give the derivative that PyTorch computes"
+    reach = torch.zeros((), dtype=torch.float64)
+    for i, (mine, other) in enumerate(zip(outputs(found), outputs(expected), strict=False)):
+        if mine is None or other is None:
+            continue
+        size = _norm(other)
+        if not bool(_norm(mine - other) <= tolerance * size):
+            raise Mismatch(msg)
+        if i < len(node.adjoints) and (adjoint := node.adjoints[i]) is not None:
+            reach = reach.to(size) + _norm(adjoint) * size
+    mine, other = (0.0 if p.second is None else float(p.second) for p in (found, expected))
+    if not abs(mine - other) <= tolerance * (abs(other) + float(reach)):
+        raise Mismatch(msg)
+
+
+def outputs(pushed: Pushed) -> list[Tangent]:
+    """Return the tangents of all outputs."""
+    found = pushed.tangents
+    return [found] if isinstance(found, Tensor) else list(found or ())
+
+
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dtype=torch.float64)

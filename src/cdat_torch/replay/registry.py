@@ -1,0 +1,195 @@
+"""How an operation of the autograd graph carries a direction: the interface of a rule.
+
+A rule belongs to one type of autograd node, that is to one operation y = op(x_1, x_2, ...). It gets
+the node, whose saved tensors are those of backward, and the tangents x_i' of its inputs; it returns
+the tangents y' of its outputs and the second-order term <lambda, D^2 op[x', x']>, where lambda is
+the adjoint of y that backward has computed. To add an operation write one function here or in a
+module beside, under the decorator of its kind, and one case in ``tests/torch/replay``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tangent = Tensor | None
+"""The derivative of a tensor along the direction; None is zero."""
+
+Edge = tuple[Any, int]
+"""An autograd node and the number of one of its outputs: a tensor of the forward pass."""
+
+
+class Unsupported(Exception):  # noqa: N818
+    """The graph holds something that no rule can carry a direction through."""
+
+
+class Node:
+    """An autograd node, with what backward has computed there.
+
+    Attributes
+    ----------
+    adjoints : tuple of Tensor or None
+        The derivatives of the loss with respect to the outputs; empty if the rule asked for none.
+    gradients : dict
+        By position, those derivatives with respect to inputs that the rule asked for.
+    """
+
+    __slots__ = ("_node", "_versions", "adjoints", "gradients")
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self.adjoints: tuple[Tensor | None, ...] = ()
+        self.gradients: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+
+    @property
+    def autograd(self) -> Any:
+        """The node of PyTorch."""
+        return self._node
+
+    @property
+    def name(self) -> str:
+        """What PyTorch calls it, such as "AddmmBackward0"."""
+        name: str = self._node.name()
+        return name
+
+    @property
+    def adjoint(self) -> Tensor:
+        """The adjoint of the first output."""
+        adjoint = self.adjoints[0] if self.adjoints else None
+        return self.zeros() if adjoint is None else adjoint
+
+    def gradient(self, position: int) -> Tensor | None:
+        """Return the derivative with respect to an input, unless it was changed in place since."""
+        gradient = self.gradients.get(position)
+        if gradient is None or gradient._version != self._versions[position]:
+            return None
+        return gradient
+
+    def keep(self, position: int, gradient: Tensor) -> None:
+        """Keep the derivative with respect to an input."""
+        self.gradients[position] = gradient.detach()
+        self._versions[position] = gradient._version
+
+    def metadata(self, output: int = 0) -> Any:
+        """Return shape, dtype and device of an output."""
+        return self._node._input_metadata[output]
+
+    def shape(self, output: int = 0) -> torch.Size:
+        """Return the shape of an output."""
+        return torch.Size(self.metadata(output).shape)
+
+    def zeros(self, output: int = 0) -> Tensor:
+        """Return zeros like an output."""
+        like = self.metadata(output)
+        return torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
+
+    def saved(self, name: str) -> Any:
+        """Return what the forward pass has saved; integers as they were given, -1 too."""
+        value = getattr(self._node, f"_saved_{name}")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return _signed(value)
+        if isinstance(value, tuple):
+            return tuple(_signed(v) if isinstance(v, int) else v for v in value)
+        return value
+
+    def vjp(self, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the product of adjoints of the outputs with the Jacobian, as backward would."""
+        call = self._node if callable(self._node) else self._node.apply
+        found = call(*adjoints)
+        return found if isinstance(found, tuple) else (found,)
+
+    def detached(self) -> Node:
+        """Forget what backward has computed, and return the node."""
+        self.adjoints, self.gradients = (), {}
+        return self
+
+
+class Pushed(NamedTuple):
+    """What a rule returns.
+
+    Attributes
+    ----------
+    tangents : Tensor, None, or a sequence of them
+        Of the outputs; one that stands alone is that of the first output.
+    second : Tensor or None
+        The second-order term, a 0-d tensor; None is zero.
+    """
+
+    tangents: Tangent | Sequence[Tangent]
+    second: Tensor | None = None
+
+
+Push = Callable[..., Any]
+Forward = Callable[[Node], tuple[Callable[..., Tensor], Sequence[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and what it needs of the backward pass.
+
+    Attributes
+    ----------
+    push : callable
+        ``push(node, *tangents) -> Pushed``; NotImplemented where it does not cover the arguments
+        that the operation was called with.
+    adjoint : bool
+        Whether it reads `Node.adjoint`.
+    gradients : tuple of int
+        The positions of those inputs whose derivative it reads.
+    both : tuple of int
+        Without tangents at all of these positions the operation is linear, and nothing is needed.
+    forward : callable, optional
+        ``forward(node) -> (function, inputs)``, the operation written with others. The rule is
+        compared with its double backward where that of the node itself is missing or wrong.
+    """
+
+    push: Push
+    adjoint: bool = False
+    gradients: tuple[int, ...] = ()
+    both: tuple[int, ...] = ()
+    forward: Forward | None = None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(
+    *names: str,
+    adjoint: bool = True,
+    gradients: tuple[int, ...] = (),
+    both: tuple[int, ...] = (),
+    forward: Forward | None = None,
+) -> Callable[[Push], Push]:
+    """Register ``push(node, *tangents) -> Pushed`` for the autograd nodes of these names."""
+
+    def register(push: Push) -> Push:
+        for name in names:
+            RULES[name] = Rule(push, adjoint, gradients, both, forward)
+        return push
+
+    return register
+
+
+def linear(*names: str) -> Callable[[Push], Push]:
+    """Register ``push(node, *tangents)`` of a linear operation: it returns the tangents alone."""
+
+    def register(push: Push) -> Push:
+        def without_second(node: Node, *tangents: Tangent) -> Any:
+            found = push(node, *tangents)
+            return found if found is NotImplemented else Pushed(found)
+
+        for name in names:
+            RULES[name] = Rule(without_second)
+        return push
+
+    return register
+
+
+def _signed(value: int) -> int:
+    """Autograd shows negative integers as unsigned ones."""
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,49 @@
+"""Softmax and its logarithms. E and Var are over the probabilities p."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cdat_torch.replay.arithmetic import dot
+from cdat_torch.replay.registry import Node, Pushed, rule
+
+
+@rule("SoftmaxBackward0", gradients=(0,))
+def softmax(node: Node, dx: Tensor) -> Pushed:
+    """Y = p: y' = p (x' - E x'); second order <g_x, (x' - E x')^2>, as p'' only shows J."""
+    dim, p = node.saved("dim"), node.saved("result")
+    centred = dx - (p * dx).sum(dim, keepdim=True)
+    gradient = node.gradient(0)
+    if gradient is None:
+        gradient = node.vjp(node.adjoint)[0]
+    assert gradient is not None
+    return Pushed(p * centred, dot(gradient * centred, centred))
+
+
+@rule("SafeSoftmaxBackward0", gradients=(0,))
+def safe_softmax(node: Node, dx: Tensor) -> Pushed:
+    """Softmax with zeros for a row that is masked as a whole."""
+    return softmax(node, dx)  # type: ignore[no-any-return]
+
+
+@rule("LogSoftmaxBackward0")
+def log_softmax(node: Node, dx: Tensor) -> Pushed:
+    """Y' = x' - E x'; second order -sum(lambda) Var x'."""
+    dim, p = node.saved("dim"), node.saved("result").exp()
+    centred = dx - (p * dx).sum(dim, keepdim=True)
+    variance = (p * centred).mul_(centred).sum(dim, keepdim=True)
+    return Pushed(centred, -dot(node.adjoint.sum(dim, keepdim=True), variance))
+
+
+@rule("LogsumexpBackward0")
+def logsumexp(node: Node, dx: Tensor) -> Pushed:
+    """Y' = E x'; second order lambda Var x'."""
+    dims, keep = node.saved("dim"), node.saved("keepdim")
+    y, adjoint = node.saved("result"), node.adjoint
+    if not keep:
+        for dim in sorted(d % dx.dim() for d in dims):
+            y, adjoint = y.unsqueeze(dim), adjoint.unsqueeze(dim)
+    p = (node.saved("self") - y).exp()
+    mean = (p * dx).sum(dims, keepdim=True)
+    variance = (p * (dx - mean) ** 2).sum(dims, keepdim=True)
+    return Pushed(mean.view(node.shape()), dot(adjoint, variance))
