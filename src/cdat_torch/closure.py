@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.differentiability import anything_compiled
-from cdat_torch.differentiation import LossFn, differentiate, evaluate
+from cdat_torch.differentiation import Kernels, LossFn, evaluate
+from cdat_torch.evaluation import evaluated
 from cdat_torch.fully_sharded import scattered
 from cdat_torch.losses import ClosureLoss, Gradient
-from cdat_torch.methods import method_named
+from cdat_torch.methods import BY_NAME, Ways
 from cdat_torch.reevaluation import Trace
 from cdat_torch.sharding import all_agree, locals_of
 from cdat_torch.spaces import scalar_dtype
 
 
-def evaluate_closure(
-    closure: Any, params: Sequence[Tensor], *, differentiated_twice: bool
-) -> Tensor:
+def evaluate_closure(closure: Any, params: Sequence[Tensor], kernels: Kernels) -> Tensor:
     """Call the closure, and refuse a loss whose graph backward has already consumed.
 
     The ``.grad`` of all `params` is None before.
@@ -49,12 +47,10 @@ def evaluate_closure(
             raise TypeError(msg)
         return loss
 
-    return evaluate(checked, "closure", differentiated_twice=differentiated_twice)
+    return evaluate(checked, "closure", kernels=kernels)
 
 
-def closure_loss(
-    closure: Any, params: Sequence[Tensor], method: str | None, trace: Trace
-) -> ClosureLoss:
+def closure_loss(closure: Any, params: Sequence[Tensor], ways: Ways, trace: Trace) -> ClosureLoss:
     """Evaluate the closure and its gradient, the latter also in ``p.grad``.
 
     Parameters
@@ -63,23 +59,21 @@ def closure_loss(
         Returns the loss.
     params : sequence of Tensor
         All that require a gradient.
-    method : str or None
-        How the curvature is to be measured, if it is.
+    ways : sequence of str
+        How the curvature is to be measured; empty if it is not.
     trace : Trace
         It takes note of what the evaluation changes.
     """
     refuse_grad_scaler()
-    twice = False
-    if method is not None:
-        method_named(method).check(closure, "closure")
-        twice = method_named(method).differentiated_twice
-    with trace.recorded(buffers=twice or not anything_compiled()):
-        loss = evaluate_closure(closure, params, differentiated_twice=twice)
-    with torch.enable_grad():
-        variables, grads = differentiate(loss, params, create_graph=twice)
+    if ways:
+        BY_NAME[ways[0]].check(closure, "closure")
+    loss, (variables, grads, recording), ways = evaluated(
+        lambda kernels: evaluate_closure(closure, params, kernels), params, ways, trace
+    )
     for p, g in zip(params, scattered(params, variables, grads), strict=True):
         p.grad = g
-    return ClosureLoss(closure, trace.start, loss, Gradient.known(params, variables, grads))
+    gradient = Gradient.known(params, variables, grads)
+    return ClosureLoss(closure, trace.start, loss, gradient, ways, recording)
 
 
 def refuse_grad_scaler() -> None:

@@ -1,42 +1,25 @@
 """Slope and curvature of a PyTorch loss along a direction.
 
-The exact way is double backward: the gradient is taken with ``create_graph=True`` on the graph the
-loss has just built, and the product with the Hessian is one more reverse pass through it. Nested
-forward-mode differentiation is never used: in PyTorch it silently drops terms in normalisation
-layers (pytorch/pytorch issues 196699, 196700, 198017). `cdat_torch.methods` holds this way and the
-others.
+The exact ways are to replay the autograd graph that the loss has just built, and double backward:
+the gradient is taken with ``create_graph=True``, and the product with the Hessian is one more
+reverse pass. Nested forward-mode differentiation is never used: in PyTorch it silently drops terms
+in normalisation layers (pytorch/pytorch issues 196699, 196700, 198017). `cdat_torch.methods` holds
+these ways and the others.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 import cdat_core
 from cdat_torch import fully_sharded
-from cdat_torch.differentiability import anything_compiled, refuse_once_differentiable
-from cdat_torch.differentiation import (
-    LossFn,
-    differentiate,
-    evaluate,
-    vector_jacobian,
-)
-from cdat_torch.gauss_newton import first_line
-from cdat_torch.methods import (
-    AUTO,
-    BY_NAME,
-    Point,
-    method_named,
-    method_with_product,
-)
+from cdat_torch.differentiability import further_differentiable, refuse_once_differentiable
+from cdat_torch.differentiation import LossFn, differentiate, evaluate, vector_jacobian
+from cdat_torch.evaluation import evaluated, first_that_works
+from cdat_torch.methods import BY_NAME, Point, Ways, ways_named, with_product
 from cdat_torch.reevaluation import undone_on_error
-from cdat_torch.spaces import TensorListSpace
-
-T = TypeVar("T")
 
 
 def measure(
@@ -59,8 +42,10 @@ def measure(
     curvature : str
         How to compute the curvature:
 
-        - "auto": "hessian", or "finite_difference" (with a warning) where an operation has no
-          second derivative;
+        - "auto": the first of "replay", "hessian" and "finite_difference" that works; a warning
+          says so where an operation has no second derivative;
+        - "replay": <u, H u> by carrying u through the graph that the loss has built, exact and the
+          cheapest; a RuntimeError names an operation that it does not know;
         - "hessian": <u, H u> by double backward, exact;
         - "gauss_newton": <Ju, H_loss Ju>, where J is the derivative of the model's outputs and
           H_loss the Hessian of the loss of the outputs. `loss_fn` must be a
@@ -82,10 +67,12 @@ def measure(
 
     Notes
     -----
-    "hessian" and "gauss_newton" evaluate models with the kernels that can be differentiated
-    further: scaled dot-product attention uses its math kernel, recurrent layers their native one,
-    and modules under ``torch.compile`` run uncompiled. With "hessian" this is the forward pass of
-    the training step; with "gauss_newton" it is a pass of its own, which leaves no trace. The
+    "replay" takes the graph as it is, fused attention included; only recurrent layers run without
+    the kernels of oneDNN and cuDNN. "hessian" and "gauss_newton" evaluate models with the kernels
+    that can be differentiated further: scaled dot-product attention uses its math kernel,
+    recurrent layers their native one, and modules under ``torch.compile`` run uncompiled. With
+    "hessian" this is the forward pass of the training step; with "gauss_newton" it is a pass of its
+    own, which leaves no trace. The
     logger "cdat_torch" says so once, at level INFO.
 
     A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
@@ -106,23 +93,21 @@ def measure(
     >>> [float(x) for x in measurement[:3]]
     [9.0, 12.0, 12.0]
     """
-    way = method_named(curvature)
+    ways = ways_named(curvature)
     params, direction = list(params), list(direction)
     _check_direction(params, direction)
-    way.check(loss_fn, "loss_fn")
-    space, twice = TensorListSpace(), way.differentiated_twice
+    BY_NAME[ways[0]].check(loss_fn, "loss_fn")
     try:
         with undone_on_error(params) as trace:
-            with trace.recorded(buffers=twice or not anything_compiled()):
-                loss = evaluate(loss_fn, "loss_fn", differentiated_twice=twice)
-            variables, grads = differentiate(loss, params, create_graph=twice)
+            loss, (variables, grads, recording), ways = evaluated(
+                lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels), params, ways, trace
+            )
             direction = fully_sharded.spread_out(direction, variables)
             present = [i for i, g in enumerate(grads) if g is not None]
             w, u = [variables[i] for i in present], [direction[i] for i in present]
             g = [grad for grad in grads if grad is not None]
-            slope = space.vdot([grad.detach() for grad in g], u)
-            point = Point(loss_fn, loss, g, w, u, trace.start)
-            second, _ = directional_curvature(point, method=curvature)
+            point = Point(loss_fn, loss, g, w, u, trace.start, recording)
+            (slope, second), _ = quadratic_model(point, ways=ways)
             scalars = [loss.detach().to(slope), slope, second]
             return cdat_core.Measurement(*fully_sharded.means(params, scalars))
     finally:
@@ -165,9 +150,9 @@ def hvp(
     [6.0, 12.0]
     """
     params = list(params)
-    loss = evaluate(loss_fn, "loss_fn", differentiated_twice=True)
+    loss = evaluate(loss_fn, "loss_fn", kernels=further_differentiable)
     refuse_once_differentiable(loss)
-    variables, grads = differentiate(loss, params, create_graph=True)
+    variables, grads, _ = differentiate(loss, params, create_graph=True)
 
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
         _check_direction(params, list(v))
@@ -180,38 +165,18 @@ def hvp(
     return product
 
 
-def directional_curvature(point: Point, *, method: str) -> tuple[Tensor, str]:
-    """Return <u, C u> and the method that gave it."""
-    return _by(method, lambda name: BY_NAME[name].curvature(point))
+def quadratic_model(point: Point, *, ways: Ways) -> tuple[tuple[Tensor, Tensor], Ways]:
+    """Return <g, u> and <u, C u>, and the ways that are left, the one that gave them first."""
+    return first_that_works(ways, lambda name: BY_NAME[name].along(point))
 
 
 def hessian_product(
-    point: Point, *, method: str, retain_graph: bool
-) -> tuple[Sequence[Tensor], str]:
-    """Return H u and the method that gave it; without `retain_graph` it is the last product."""
-    return _by(
-        method, lambda name: method_with_product(name).product(point, retain_graph=retain_graph)
+    point: Point, *, ways: Ways, retain_graph: bool
+) -> tuple[Sequence[Tensor], Ways]:
+    """Return H u and the ways that are left; without `retain_graph` it is the last product."""
+    return first_that_works(
+        ways, lambda name: with_product(name).product(point, retain_graph=retain_graph)
     )
-
-
-def _by(method: str, compute: Callable[[str], T]) -> tuple[T, str]:
-    """Return what `compute` returns for the method, and which one that was in the end."""
-    if method == "auto":
-        method, fallback = AUTO
-        try:
-            return compute(method), method
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            method = fallback
-            warnings.warn(
-                "the loss has an operation without a second derivative "
-                f"({first_line(error)}); the curvature comes from central finite differences of "
-                "gradients instead: two further evaluations of the loss for each product with "
-                "the Hessian",
-                stacklevel=4,
-            )
-    return compute(method), method
 
 
 def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:

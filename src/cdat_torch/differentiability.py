@@ -94,6 +94,19 @@ def _other_kernels() -> Iterator[None]:
             setattr(owner, name, function)
 
 
+@contextmanager
+def recurrent_layers_in_parts() -> Iterator[None]:
+    """Let recurrent layers leave a graph of simple operations, which can be replayed."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _RECURRENT]
+    try:
+        for owner, name, function in _RECURRENT:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # The double backward of the fused kernel takes the norm of v for a constant.
     return v * (g / torch.norm_except_dim(v, 2, dim))
@@ -114,13 +127,14 @@ def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
     return native
 
 
+_RECURRENT: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch._VF, name, _without_library(getattr(torch._VF, name)))
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+]
 _REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
-    *(
-        (torch._VF, name, _without_library(getattr(torch._VF, name)))
-        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    ),
+    *_RECURRENT,
 ]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,35 @@ from torch import Tensor
 from cdat_torch import fully_sharded
 from cdat_torch.differentiability import further_differentiable, is_reentrant_checkpoint
 from cdat_torch.interrupts import let_through
+from cdat_torch.replay import Recording
 from cdat_torch.sharding import laid_out_like
 
 LossFn = Callable[[], Tensor]
+Kernels = Callable[[], AbstractContextManager[None]]
+"""What chooses between the kernels of an operation for the block that it is entered for."""
 
 
-def evaluate(loss_fn: LossFn, argument: str, *, differentiated_twice: bool) -> Tensor:
+class Differentiated(NamedTuple):
+    """A loss and its first derivative.
+
+    Attributes
+    ----------
+    variables : list of Tensor
+        The tensors that the model computed with.
+    grads : tuple of Tensor or None
+        With respect to `variables`; None for those that the loss does not depend on.
+    recording : Recording or None
+        What was watched of the backward pass, if anything was.
+    """
+
+    variables: list[Tensor]
+    grads: tuple[Tensor | None, ...]
+    recording: Recording | None = None
+
+
+def evaluate(loss_fn: LossFn, argument: str, *, kernels: Kernels = nullcontext) -> Tensor:
     """Call the user's loss with gradients on and check what comes back."""
-    kernels = further_differentiable() if differentiated_twice else nullcontext()
-    with torch.enable_grad(), kernels, let_through():
+    with torch.enable_grad(), kernels(), let_through():
         loss = loss_fn()
     check_scalar(loss, argument)
     if not loss.requires_grad:
@@ -49,12 +69,17 @@ def check_scalar(loss: Any, argument: str) -> None:
 
 
 def differentiate(
-    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, sync: bool = True
-) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    loss: Tensor,
+    params: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    record: bool = False,
+    sync: bool = True,
+) -> Differentiated:
     """Return the tensors the model computed with, and the gradient with respect to them.
 
     They are `params` themselves, unless modules under ``fully_shard`` had to gather theirs for a
-    gradient with a graph; `cdat_torch.fully_sharded.release` lets go of them.
+    second derivative; `cdat_torch.fully_sharded.release` lets go of them.
 
     Parameters
     ----------
@@ -64,20 +89,33 @@ def differentiate(
         The parameters.
     create_graph : bool
         Whether the gradient is to be differentiated again.
+    record : bool
+        Whether the graph of the loss is to be replayed; it is then retained.
     sync : bool
         Only for modules under ``fully_shard`` and a gradient without a graph: see
         `cdat_torch.fully_sharded.backward`.
+
+    Raises
+    ------
+    cdat_torch.replay.Unsupported
+        With `record`, if the graph cannot be replayed; nothing was differentiated then.
     """
-    if not fully_sharded.modules_of(params):
-        return list(params), gradients(loss, params, create_graph=create_graph)
-    if not create_graph:
-        return list(params), _checked(fully_sharded.backward(loss, params, sync=sync), sync)
-    whole = fully_sharded.gathered(params)
-    return whole, gradients(loss, whole, create_graph=True)
+    variables = list(params)
+    if fully_sharded.modules_of(params):
+        if not (create_graph or record):
+            grads = fully_sharded.backward(loss, params, sync=sync)
+            return Differentiated(variables, _checked(grads, sync))
+        variables = fully_sharded.gathered(params)
+    if not record:
+        return Differentiated(variables, gradients(loss, variables, create_graph=create_graph))
+    recording = Recording(loss, variables)
+    with recording.watching():
+        found = gradients(loss, variables, create_graph=False, retain_graph=True)
+    return Differentiated(variables, found, recording)
 
 
 def gradients(
-    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool
+    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool | None = None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradient of `loss`; None for parameters it does not depend on."""
     trainable = [p for p in params if p.requires_grad]
@@ -87,7 +125,11 @@ def gradients(
     try:
         with further_differentiable() if create_graph else nullcontext(), let_through():
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
-                loss, trainable, create_graph=create_graph, allow_unused=True
+                loss,
+                trainable,
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
             )
     except RuntimeError as error:
         if not is_reentrant_checkpoint(loss):

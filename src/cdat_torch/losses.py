@@ -14,12 +14,20 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature import directional_curvature, hessian_product
+from cdat_torch.curvature import hessian_product, quadratic_model
 from cdat_torch.differentiability import refuse_once_differentiable
-from cdat_torch.differentiation import LossFn, check_scalar, differentiate, vector_jacobian
+from cdat_torch.differentiation import (
+    LossFn,
+    check_scalar,
+    differentiate,
+    gradients,
+    vector_jacobian,
+)
+from cdat_torch.evaluation import given_up
 from cdat_torch.fully_sharded import gathered, scattered, spread_out
-from cdat_torch.methods import Point
+from cdat_torch.methods import BY_NAME, Point, Ways
 from cdat_torch.reevaluation import RandomState
+from cdat_torch.replay import Recording, Unsupported
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
 Direction: TypeAlias = dict[Tensor, Tensor]
@@ -62,13 +70,14 @@ class Gradient(NamedTuple):
         return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
 
     @contextmanager
-    def suitable(self, method: str) -> Iterator[str]:
-        """Give the method, which is exact or raises if variables were gathered.
+    def suitable(self, ways: Ways) -> Iterator[Ways]:
+        """Give the ways, which are exact or raise if variables were gathered.
 
         Differences cannot take over: the modules would undo a displacement of what they gathered.
         """
         try:
-            yield "hessian" if self.gathered else method
+            exact = tuple(way for way in ways if way != "finite_difference")
+            yield exact if self.gathered else ways
         except (RuntimeError, NotImplementedError) as error:
             if self.gathered:
                 error.add_note('for modules under fully_shard pass curvature="finite_difference"')
@@ -105,18 +114,21 @@ class StepLoss(Protocol):
         """Return u, given by parameter of the optimizer, as `slope` and `curvature` take it."""
         ...
 
+    @property
+    def ways(self) -> Ways:
+        """The ways to measure the curvature that are left, the one in use first."""
+        ...
+
     def slope(self, along: Direction) -> Tensor:
         """Return <g, u>, with the gradient as it was before any clipping."""
         ...
 
-    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
-        """Return <u, H u> and the method that gave it."""
+    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>."""
         ...
 
-    def product(
-        self, direction: Direction, method: str, *, retain_graph: bool
-    ) -> tuple[Direction, str]:
-        """Return H u by parameter, zero where there is none, and the method that gave it.
+    def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
+        """Return H u by parameter, zero where there is none.
 
         Without `retain_graph` it is the last product.
         """
@@ -127,14 +139,16 @@ class StepLoss(Protocol):
 class ClosureLoss:
     """A loss that can be evaluated again.
 
-    `gradient` carries its graph if the curvature is to be measured exactly. `start` is the random
-    state from which the closure was evaluated.
+    `gradient` and `recording` are what the first of the `ways` needs. `start` is the random state
+    from which the closure was evaluated.
     """
 
     closure: LossFn
     start: RandomState
     loss: Tensor
     gradient: Gradient
+    ways: Ways = ()
+    recording: Recording | None = None
 
     @property
     def value(self) -> Tensor:
@@ -149,30 +163,34 @@ class ClosureLoss:
         """Return <g, u>."""
         return self.gradient.slope(along)
 
-    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
-        """Return <u, H u> and the method that gave it."""
-        with torch.enable_grad(), self.gradient.suitable(method) as way:
-            return directional_curvature(self._point(along), method=way)
+    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>."""
+        with torch.enable_grad(), self.gradient.suitable(self.ways) as ways:
+            found, self.ways = quadratic_model(self._point(along), ways=ways)
+        return found
 
-    def product(
-        self, direction: Direction, method: str, *, retain_graph: bool
-    ) -> tuple[Direction, str]:
-        """Return H u and the method that gave it."""
+    def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
+        """Return H u."""
         point = self._point(self.along(direction))
-        with torch.enable_grad(), self.gradient.suitable(method) as way:
-            product, used = hessian_product(point, method=way, retain_graph=retain_graph)
-        return self.gradient.by_param(product), used
+        with torch.enable_grad(), self.gradient.suitable(self.ways) as ways:
+            product, self.ways = hessian_product(point, ways=ways, retain_graph=retain_graph)
+        return self.gradient.by_param(product)
 
     def _point(self, along: Direction) -> Point:
         _, variables, grads = self.gradient
         u = [along[v] for v in variables]
-        return Point(self.closure, self.loss, grads, variables, u, self.start)
+        return Point(self.closure, self.loss, grads, variables, u, self.start, self.recording)
 
 
 class _Record(NamedTuple):
     loss: Tensor
     gradient: Gradient
     scale: Tensor | None
+    recording: Recording | None
+
+    def unscaled(self, number: Tensor) -> Tensor:
+        """Return a number of the scaled loss for the loss itself."""
+        return number if self.scale is None else number / self.scale.to(number)
 
 
 class MicroBatches:
@@ -185,6 +203,7 @@ class MicroBatches:
     def __init__(self) -> None:
         self._records: list[_Record] = []
         self._value: Tensor | None = None
+        self.ways: Ways = ()
         self.reduced = True
         """Whether gradients and loss are means over all processes."""
 
@@ -206,11 +225,14 @@ class MicroBatches:
         loss: Any,
         params: Sequence[Tensor],
         *,
-        create_graph: bool,
+        ways: Ways,
         scaler: Any = None,
         sync: bool = True,
     ) -> None:
-        """Add the gradient of `loss` to ``p.grad`` and keep what the measurement needs."""
+        """Add the gradient of `loss` to ``p.grad`` and keep what the measurement needs.
+
+        `ways` are those to measure the curvature; none if it is not measured.
+        """
         check_scalar(loss, "loss")
         if not loss.requires_grad:
             msg = "loss must have a graph, got a tensor without one; do not detach it"
@@ -218,15 +240,34 @@ class MicroBatches:
         scale = None if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
         with torch.enable_grad():
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
-            variables, found = differentiate(scaled, params, create_graph=create_graph, sync=sync)
+            while True:
+                self.ways = ways
+                method = BY_NAME[ways[0]] if ways else None
+                twice = method is not None and method.differentiated_twice
+                record = method is not None and method.recorded
+                try:
+                    variables, found, recording = differentiate(
+                        scaled, params, create_graph=twice, record=record, sync=sync
+                    )
+                    break
+                except Unsupported as error:
+                    ways = given_up(ways, error)
         with torch.no_grad():
             for p, shared in zip(params, scattered(params, variables, found), strict=True):
                 if shared is not None:
                     # A copy: what clips p.grad must not reach into the graph of the gradient.
                     p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)
             self._value = _value(loss) if self._value is None else self._value + _value(loss)
-        root = scaled if create_graph else scaled.detach()
-        self._records.append(_Record(root, Gradient.known(params, variables, found), scale))
+        root = scaled if ways else scaled.detach()
+        gradient = Gradient.known(params, variables, found)
+        self._records.append(_Record(root, gradient, scale, recording))
+
+    def free(self) -> None:
+        """Release what is kept, also if the caller still holds the losses."""
+        for record in self._records:  # all at the end, since losses may share parts of a graph
+            if record.recording is not None:
+                record.recording.free()
+        self._records = []
 
     def along(self, direction: Direction) -> Direction:
         """Return u by variable."""
@@ -235,27 +276,40 @@ class MicroBatches:
 
     def slope(self, along: Direction) -> Tensor:
         """Return the sum of the <g, u> of all losses."""
-        parts = []
-        for record in self._records:
-            if record.gradient.grads:
-                part = record.gradient.slope(along)
-                parts.append(part if record.scale is None else part / record.scale.to(part))
+        parts = [r.unscaled(r.gradient.slope(along)) for r in self._records if r.gradient.grads]
         return torch.stack(parts).sum()
 
-    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
-        """Return the sum of the <u, H u> of all losses."""
-        product = self._product(along, retain_graph=False)
-        return TensorListSpace().vdot([along[v] for v in product], list(product.values())), method
+    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
+        """Return the sums of the <g, u> and of the <u, H u> of all losses."""
+        pairs, records = [], self._records
+        self._records = []
+        for record in records:
+            if record.recording is None:
+                self._records.append(record)
+                continue
+            try:
+                u = {v: along[v] for v in record.gradient.variables}
+                found = record.recording.along(record.gradient.grads, u)
+                pairs.append(tuple(map(record.unscaled, found)))
+            except Unsupported as error:
+                self.ways = given_up(self.ways, error)
+                self._records.append(_differentiated_again(record))
+        if self._records:
+            product = self._product(along, retain_graph=False)
+            curvature = TensorListSpace().vdot([along[v] for v in product], list(product.values()))
+            pairs.append((self.slope(along), curvature))
+        self._records = records
+        self.free()
+        slopes, curvatures = zip(*pairs, strict=True)
+        return torch.stack(slopes).sum(), torch.stack(curvatures).sum()
 
-    def product(
-        self, direction: Direction, method: str, *, retain_graph: bool
-    ) -> tuple[Direction, str]:
+    def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Return the sum of the H u of all losses."""
         product = self._product(self.along(direction), retain_graph=retain_graph)
         found: Direction = {}
         for gradient in (record.gradient for record in self._records):
             found |= gradient.by_param([product[v] for v in gradient.variables])
-        return found, method
+        return found
 
     def _product(self, along: Direction, *, retain_graph: bool) -> Direction:
         """Return H u by variable; a graph that the losses share is freed once."""
@@ -284,11 +338,21 @@ class MicroBatches:
         return dict(zip(variables, product, strict=True))
 
 
+def _differentiated_again(record: _Record) -> _Record:
+    """Return a record with a graph of its gradient, in the place of what was watched."""
+    variables = record.gradient.variables
+    with torch.enable_grad():
+        found = gradients(record.loss, variables, create_graph=True)
+    known = [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
+    return record._replace(gradient=record.gradient._replace(grads=known), recording=None)
+
+
 @dataclass
 class PlainGradient:
     """Gradients in ``p.grad`` of a loss that is not known: enough for rules that need a slope."""
 
     params: list[Tensor]
+    ways: Ways = ()
 
     @property
     def value(self) -> None:
@@ -304,16 +368,14 @@ class PlainGradient:
         pairs = [(p.grad, along[p]) for p in self.params if p.grad is not None]
         return TensorListSpace().vdot([g for g, _ in pairs], [u for _, u in pairs])
 
-    def curvature(self, along: Direction, method: str) -> tuple[Tensor, str]:
+    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
         """Raise: there is no graph."""
-        msg = f"no curvature ({method}) without a loss"
+        msg = "no curvature without a loss"
         raise NotImplementedError(msg)
 
-    def product(
-        self, direction: Direction, method: str, *, retain_graph: bool
-    ) -> tuple[Direction, str]:
+    def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Raise: there is no graph."""
-        msg = f"no product with the Hessian ({method}) without a loss"
+        msg = "no product with the Hessian without a loss"
         raise NotImplementedError(msg)
 
 

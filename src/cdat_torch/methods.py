@@ -7,6 +7,7 @@ an evaluated `Point` into <u, C u>. To add one, write it and name it in `BY_NAME
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from cdat_core._arrays import safe_reciprocal
 from cdat_core.curvature import displacement
-from cdat_torch.differentiability import refuse_once_differentiable
-from cdat_torch.differentiation import LossFn, differentiate, evaluate, vector_jacobian
+from cdat_torch.differentiability import (
+    further_differentiable,
+    recurrent_layers_in_parts,
+    refuse_once_differentiable,
+)
+from cdat_torch.differentiation import Kernels, LossFn, differentiate, evaluate, vector_jacobian
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
 from cdat_torch.reevaluation import RandomState, displace, put_back, without_trace
+from cdat_torch.replay import IS_TESTED, Recording
 from cdat_torch.spaces import TensorListSpace
 
 T = TypeVar("T")
@@ -38,6 +44,8 @@ class Point(NamedTuple):
         The parameters that have a gradient, and u.
     start : RandomState
         The random state from which `loss_fn` was evaluated.
+    recording : Recording or None
+        What was watched of the backward pass, if the method is `Method.recorded`.
     """
 
     loss_fn: LossFn
@@ -46,33 +54,81 @@ class Point(NamedTuple):
     params: Sequence[Tensor]
     direction: Sequence[Tensor]
     start: RandomState
+    recording: Recording | None = None
+
+    def slope(self) -> Tensor:
+        """Return <g, u>, a 0-d float64 tensor."""
+        return TensorListSpace().vdot([g.detach() for g in self.grads], self.direction)
+
+    def evaluated_again(self) -> Point:
+        """Return the same point with a graph of its gradient."""
+        with without_trace(self.params, self.start):
+            loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
+            _, grads, _ = differentiate(loss, self.params, create_graph=True)
+        known = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)
+        ]
+        return self._replace(loss=loss, grads=known, recording=None)
 
 
 class Method(Protocol):
     """One way to compute <u, C u>."""
 
     @property
+    def kernels(self) -> Kernels:
+        """The choice of kernels for the evaluation of the loss."""
+
+    @property
     def differentiated_twice(self) -> bool:
-        """Whether loss and gradient are to be computed with a graph for double backward."""
+        """Whether the gradient is to be computed with a graph for double backward."""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the backward pass is to be watched."""
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Raise a TypeError if the method cannot use this kind of loss."""
 
-    def curvature(self, point: Point) -> Tensor:
-        """Return <u, C u>, a 0-d float64 tensor."""
+    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, C u>, 0-d float64 tensors."""
+
+
+class Replay:
+    """The graph of the loss carries the direction, with the adjoints that backward computed."""
+
+    kernels = staticmethod(recurrent_layers_in_parts)
+    differentiated_twice = False
+    recorded = True
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept every loss."""
+
+    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>; `Mismatch` if the replayed <g, u> is another one."""
+        assert point.recording is not None
+        u = dict(zip(point.params, point.direction, strict=True))
+        found = point.recording.along(point.grads, u)
+        point.recording.free()
+        return found
 
 
 class Hessian:
     """Double backward through the graph of the gradient."""
 
+    kernels = staticmethod(further_differentiable)
     differentiated_twice = True
+    recorded = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def curvature(self, point: Point) -> Tensor:
-        """Return <u, H u>; RuntimeError if an operation has no second derivative."""
-        return TensorListSpace().vdot(point.direction, self.product(point, retain_graph=False))
+    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>; RuntimeError if an operation has no second derivative."""
+        slope = point.slope()
+        if point.recording is not None:  # the graph turned out not to be one that can be replayed
+            point = point.evaluated_again()
+        product = self.product(point, retain_graph=False)
+        return slope, TensorListSpace().vdot(point.direction, product)
 
     def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
         """Return H u."""
@@ -85,7 +141,9 @@ class Hessian:
 class GaussNewton:
     """One forward-mode pass through the model, and double backward through its loss."""
 
+    kernels = staticmethod(nullcontext)
     differentiated_twice = False
+    recorded = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept a `CompositeLoss` only."""
@@ -97,27 +155,31 @@ class GaussNewton:
             )
             raise TypeError(msg)
 
-    def curvature(self, point: Point) -> Tensor:
-        """Return <Ju, H_loss Ju>."""
+    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <Ju, H_loss Ju>."""
         self.check(point.loss_fn, "loss_fn")
-        assert isinstance(point.loss_fn, CompositeLoss)
-        return gauss_newton_curvature(point.loss_fn, point.params, point.direction, point.start)
+        loss_fn = point.loss_fn
+        assert isinstance(loss_fn, CompositeLoss)
+        curvature = gauss_newton_curvature(loss_fn, point.params, point.direction, point.start)
+        return point.slope(), curvature
 
 
 class FiniteDifference:
     """The central difference of two gradients."""
 
+    kernels = staticmethod(nullcontext)
     differentiated_twice = False
+    recorded = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def curvature(self, point: Point) -> Tensor:
-        """Return the difference quotient of <g, u>; the loss is evaluated twice more."""
+    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and its difference quotient; the loss is evaluated twice more."""
         space, h = TensorListSpace(), self._displacement(point)
         forward, backward = self._changes(point, h, lambda c: space.vdot(c, point.direction))
         curvature: Tensor = (forward - backward) * (0.5 * safe_reciprocal(h))
-        return curvature
+        return point.slope(), curvature
 
     def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
         """Return the difference quotient of g; there is no graph to retain."""
@@ -150,8 +212,8 @@ class FiniteDifference:
     def _change(self, point: Point) -> list[Tensor]:
         """Return what the gradient at the present parameters is more than that of the point."""
         with without_trace(point.params, point.start):
-            loss = evaluate(point.loss_fn, "loss_fn", differentiated_twice=False)
-            found = list(differentiate(loss, point.params, create_graph=False)[1])
+            loss = evaluate(point.loss_fn, "loss_fn")
+            found = list(differentiate(loss, point.params).grads)
         change = []
         for here_g in point.grads:  # one after the other: there is memory for one list
             there_g = found.pop(0)
@@ -160,29 +222,44 @@ class FiniteDifference:
 
 
 BY_NAME: dict[str, Method] = {
+    "replay": Replay(),
     "hessian": Hessian(),
     "gauss_newton": GaussNewton(),
     "finite_difference": FiniteDifference(),
 }
-AUTO = ("hessian", "finite_difference")  # "auto" is the first one, and the second if that raises
 METHODS = ("auto", *BY_NAME)
 
+Ways = tuple[str, ...]
+"""Names of methods: the one in use, then those to go on with where it does not work."""
 
-def method_named(name: str) -> Method:
-    """Return the method that `name` begins with; ValueError if there is none of that name."""
+
+def ways_named(name: str) -> Ways:
+    """Return the ways that `curvature` of this name means; ValueError if there is none."""
     if name not in METHODS:
         msg = f"curvature must be one of {METHODS}, got {name!r}"
         raise ValueError(msg)
-    return BY_NAME[AUTO[0] if name == "auto" else name]
+    if name != "auto":
+        return (name,)
+    return (*(("replay",) if IS_TESTED else ()), "hessian", "finite_difference")
 
 
-def method_with_product(name: str) -> Hessian | FiniteDifference:
-    """Return the method that `name` begins with; ValueError if it has no product with H."""
-    method = method_named(name)
-    if not isinstance(method, Hessian | FiniteDifference):
+def ways_with_product(name: str) -> Ways:
+    """Return those that have a product with H; ValueError if none has."""
+    ways = tuple(way for way in ways_named(name) if isinstance(BY_NAME[way], _WITH_PRODUCT))
+    if not ways:
         msg = (
             f'curvature="{name}" does not give the sharpness that tuner_or_search needs; '
             'pass curvature="hessian" or "finite_difference"'
         )
         raise ValueError(msg)
+    return ways
+
+
+def with_product(name: str) -> Hessian | FiniteDifference:
+    """Return the method of that name, which has a product with H."""
+    method = BY_NAME[name]
+    assert isinstance(method, _WITH_PRODUCT)
     return method
+
+
+_WITH_PRODUCT = (Hessian, FiniteDifference)

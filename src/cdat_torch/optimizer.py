@@ -222,6 +222,7 @@ class TunedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what `backward` has gathered for a step that did not come."""
+        self._micro_batches.free()
         self._micro_batches = MicroBatches()
         release(self._trainable())
         super().zero_grad(set_to_none)
@@ -261,9 +262,8 @@ class TunedOptimizer(Optimizer):
         params, batches = self._trainable(), self._micro_batches
         with held():
             try:
-                batches.add(
-                    loss, params, create_graph=self._rule.measures, scaler=scaler, sync=sync
-                )
+                ways = self._rule.ways if self._rule.measures else ()
+                batches.add(loss, params, ways=batches.ways or ways, scaler=scaler, sync=sync)
             finally:
                 release(params)  # so that model.parameters() has the gradients, for clipping
             batches.reduced = self._replicas.size == 1
@@ -332,8 +332,8 @@ class TunedOptimizer(Optimizer):
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
-            method = self._rule.method if self._rule.measures else None
-            return closure_loss(closure, self._trainable(), method, trace)
+            ways = self._rule.ways if self._rule.measures else ()
+            return closure_loss(closure, self._trainable(), ways, trace)
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -358,7 +358,7 @@ class TunedOptimizer(Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         if not all_finite([*([] if value is None else [value]), *grads]):
             self._rule.miss()
-            self._conclude(value, None)
+            self._conclude(value, Decision.none(self._rate))
             return value
 
         tentative = None
@@ -386,14 +386,18 @@ class TunedOptimizer(Optimizer):
         self._conclude(value, decision)
         return value
 
-    def _conclude(self, value: Tensor | None, decision: Decision | None) -> None:
+    def _conclude(self, value: Tensor | None, decision: Decision) -> None:
         """Record what the step measured and decided."""
-        skip: Tensor | bool = True
-        rate, slope, curvature, sharpness = torch.zeros_like(self._rate), None, None, None
-        if decision is not None:
-            rate, skip, slope, curvature, sharpness = decision
-        self._rate = rate
-        self._skips.add(skip)
+        self._rate = decision.rate
+        self._skips.add(decision.skip)
         for group in self.param_groups:
-            group["tuned_lr"] = rate
-        self.last = StepInfo(value, slope, curvature, sharpness, rate, self._skips.total)
+            group["tuned_lr"] = decision.rate
+        self.last = StepInfo(
+            value=value,
+            slope=decision.slope,
+            curvature=decision.curvature,
+            sharpness=decision.sharpness,
+            learning_rate=decision.rate,
+            skipped=self._skips.total,
+            method=decision.method,
+        )

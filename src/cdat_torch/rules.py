@@ -14,7 +14,7 @@ from cdat_core.tuners import Tuner
 from cdat_torch.checkpoint import SavedTuner, restore
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
-from cdat_torch.methods import method_named, method_with_product
+from cdat_torch.methods import BY_NAME, ways_named, ways_with_product
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.tracking import SharpnessTracker
 from cdat_torch.trial import evaluate_trial
@@ -25,9 +25,15 @@ class Decision(NamedTuple):
 
     rate: Tensor
     skip: Tensor
-    slope: Tensor
+    slope: Tensor | None = None
     curvature: Tensor | None = None
     sharpness: Tensor | None = None
+    method: str | None = None
+
+    @classmethod
+    def none(cls, like: Tensor) -> Decision:
+        """Return the decision to skip a step that could not be measured."""
+        return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
 
 
 class TunerRule:
@@ -40,7 +46,7 @@ class TunerRule:
     like : Tensor
         A 0-d tensor that fixes dtype and device of the state.
     curvature : str
-        The way to compute it, kept in `method`.
+        The way to compute it; `ways` are those that are left, the one in use first.
     every : int
         Steps from one measurement to the next.
     tracker : SharpnessTracker
@@ -60,12 +66,11 @@ class TunerRule:
         tracker: SharpnessTracker,
     ) -> None:
         self.tracker = tracker if "sharpness" in tuner.needs else None
-        method_named(curvature) if self.tracker is None else method_with_product(curvature)
+        self.ways = (ways_with_product if self.tracker else ways_named)(curvature)
         self._tuner = tuner
         self._every = _validation.count("every", every)
         self._needs_curvature = "curvature" in tuner.needs
         self._needs_graph = self._needs_curvature or self.tracker is not None
-        self.method = curvature
         self.needs_value = "value" in tuner.needs
         self.until_refresh = 0
         self.state: Any = tuner.init(torch.zeros_like(like))
@@ -89,9 +94,10 @@ class TunerRule:
     @property
     def needs_closure(self) -> str | None:
         """What evaluates the loss again, if anything does."""
-        if not self._needs_graph or method_named(self.method).differentiated_twice:
+        method = BY_NAME[self.ways[0]]
+        if not self._needs_graph or method.differentiated_twice or method.recorded:
             return None
-        return f'curvature="{self.method}"'
+        return f'curvature="{self.ways[0]}"'
 
     @property
     def needs_loss(self) -> bool:
@@ -128,23 +134,24 @@ class TunerRule:
             The other processes.
         """
         along = evaluation.along(dict(zip(params, direction, strict=True)))
-        slope = evaluation.slope(along)
         if self._needs_graph and not self.measures:
-            (slope,) = replicas.mean([slope])
+            (slope,) = replicas.mean([evaluation.slope(along)])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
             return Decision(torch.where(skip, torch.zeros_like(present), present), skip, slope)
 
-        measured, used = {"slope": slope}, self.method
+        measured = {}
         if self.tracker is not None:  # first: the curvature frees the graph
             found = self.tracker.measure(
-                evaluation, used, replicas=replicas, retain_graph=self._needs_curvature
+                evaluation, replicas=replicas, retain_graph=self._needs_curvature
             )
-            measured["sharpness"], used = found.sharpness, found.method
+            measured["sharpness"] = found.sharpness
         if self._needs_curvature:
-            measured["curvature"], used = evaluation.curvature(along, used)
-        if used == "finite_difference":
-            self.method = used  # what failed once is not tried again in each step
+            measured["slope"], measured["curvature"] = evaluation.model(along)
+        else:
+            measured["slope"] = evaluation.slope(along)
+        if self._needs_graph:
+            self.ways = evaluation.ways  # what failed once is not tried again in each step
         means = dict(zip(measured, replicas.mean(list(measured.values())), strict=True))
         measurement = Measurement(value, None, None)._replace(**means)
         before = self.state.skipped
@@ -155,7 +162,8 @@ class TunerRule:
         if self.measures and self._every > 1:
             # After a skip the curvature is measured again at once.
             self.until_refresh = 0 if bool(skip) else self._every - 1
-        return Decision(rate, skip, **means)
+        method = self.ways[0] if self._needs_graph else None
+        return Decision(rate, skip, **means, method=method)
 
 
 class SearchRule:
@@ -163,7 +171,7 @@ class SearchRule:
 
     along_step = True
     """The search looks along the step that is really taken."""
-    method = "none"
+    ways = ()
     measures = False
     needs_closure = "a line search"
     needs_loss = True
@@ -223,7 +231,7 @@ def rule(
     if isinstance(tuner_or_search, Tuner):
         return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)
     if isinstance(tuner_or_search, LineSearch):
-        method_named(curvature)
+        ways_named(curvature)
         _validation.count("every", every)
         return SearchRule(tuner_or_search)
     msg = (

@@ -22,6 +22,8 @@ class StepInfo(NamedTuple):
         The tuned rate in use, before the multipliers of the groups; 0 if the step was skipped.
     skipped : Tensor
         How many steps were skipped so far because something was not finite, int32.
+    method : str or None
+        How the curvature was computed; None if this step did not measure it.
     """
 
     value: Tensor | None
@@ -30,7 +32,9 @@ class StepInfo(NamedTuple):
     sharpness: Tensor | None
     learning_rate: Tensor
     skipped: Tensor
+    method: str | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Return what is known as Python numbers, for a logger; this waits for the device."""
-        return {name: float(field) for name, field in self._asdict().items() if field is not None}
+        fields = self._asdict().items()
+        return {name: float(field) for name, field in fields if isinstance(field, Tensor)}

@@ -27,11 +27,10 @@ SEED = 0
 
 
 class Sharpness(NamedTuple):
-    """A measured sharpness, its eigenvector, and how the products were computed."""
+    """A measured sharpness, and its eigenvector."""
 
     sharpness: Tensor
     vector: dict[Tensor, Tensor]
-    method: str
 
 
 class SharpnessTracker:
@@ -67,17 +66,13 @@ class SharpnessTracker:
         self.vector: dict[Tensor, Tensor] = {}
         """The last eigenvector; empty before the first."""
 
-    def measure(
-        self, evaluation: StepLoss, method: str, *, replicas: Replicas, retain_graph: bool
-    ) -> Sharpness:
+    def measure(self, evaluation: StepLoss, *, replicas: Replicas, retain_graph: bool) -> Sharpness:
         """Return the sharpness at the present parameters; `keep` makes it the next start.
 
         Parameters
         ----------
         evaluation : StepLoss
             Loss and gradient of this process.
-        method : str
-            How to multiply with the Hessian.
         replicas : Replicas
             The other processes: each product is averaged over them.
         retain_graph : bool
@@ -91,12 +86,10 @@ class SharpnessTracker:
             remaining = self._num_matvecs
 
         def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
-            nonlocal method, remaining
+            nonlocal remaining
             remaining -= 1
             direction = dict(zip(params, v, strict=True))
-            found, method = evaluation.product(
-                direction, method, retain_graph=retain_graph or remaining > 0
-            )
+            found = evaluation.product(direction, retain_graph=retain_graph or remaining > 0)
             return replicas.mean_vector(
                 [found[p] if p in found else torch.zeros_like(p) for p in params]
             )
@@ -105,7 +98,7 @@ class SharpnessTracker:
             self._scaled(product, params), start, num_matvecs=remaining, space=TensorListSpace()
         )
         vector = dict(zip(params, found.vectors[0], strict=True))
-        return Sharpness(found.values[0], vector, method)
+        return Sharpness(found.values[0], vector)
 
     def keep(self, found: Sharpness, *, where: Tensor) -> None:
         """Take the eigenvector for the next start where the condition, a 0-d tensor, holds."""

@@ -45,9 +45,7 @@ def evaluate_trial(
         check_scalar(loss, "closure")
         if not with_slope:
             return (loss.detach(),)
-        _, grads = differentiate(
-            loss, params, create_graph=False
-        )  # before the parameters move back
+        grads = differentiate(loss, params).grads  # before the parameters move back
     pairs = [(g, u) for g, u in zip(grads, direction, strict=True) if g is not None]
     slope = TensorListSpace().vdot([g for g, _ in pairs], [u for _, u in pairs])
     return loss.detach(), slope

@@ -85,7 +85,7 @@ class Training:
     def measure(self) -> None:
         params = list(self.model.parameters())
         u = [torch.ones_like(p) for p in params]
-        measure(self.closure, params, u, curvature=self.optimizer._rule.method)
+        measure(self.closure, params, u, curvature=self.optimizer._rule.ways[0])
 
     def sharpness(self) -> None:
         sharpness(self.closure, self.model.parameters(), num_matvecs=3)

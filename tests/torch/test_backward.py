@@ -107,7 +107,10 @@ class Saved:
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("end", ["step", "zero_grad"])
 def test_graphs_are_freed(end, held, rule):
-    """After a step even if the caller still holds the loss, but for what the loss itself saved."""
+    """After a step even if the caller still holds the loss.
+
+    Double backward, for the sharpness, leaves what the loss itself saved.
+    """
     model, x, y = problem()
     optimizer = TunedOptimizer(BASES["adamw"](model.parameters()), rule)
     watched = []
@@ -122,12 +125,12 @@ def test_graphs_are_freed(end, held, rule):
         optimizer.backward(loss)
     gc.collect()
     alive = lambda: [shape for reference, shape in watched if reference() is not None]
-    assert len(alive()) > 10
+    assert len(alive()) > 5
     if not held:
         del loss
     getattr(optimizer, end)()
     gc.collect()
-    if not held:
+    if not held or "sharpness" not in rule.needs:
         assert not alive()
     elif end == "step":
         assert alive() == [(24, 3), (24,), ()]  # the log-probabilities, labels, and their number

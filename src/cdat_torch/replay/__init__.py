@@ -7,6 +7,8 @@ backward pass and then carries the direction through the graph; each operation h
 `losses`, or is left to `fallback`.
 """
 
+import torch
+
 from cdat_torch.replay import (
     attention,
     elementwise,
@@ -20,7 +22,11 @@ from cdat_torch.replay import (
 from cdat_torch.replay.recording import Mismatch, Recording
 from cdat_torch.replay.registry import Unsupported
 
-__all__ = ["Mismatch", "Recording", "Unsupported"]
+__all__ = ["IS_TESTED", "Mismatch", "Recording", "Unsupported"]
+
+_TESTED_VERSIONS = ("2.13",)
+IS_TESTED = ".".join(torch.__version__.split(".")[:2]) in _TESTED_VERSIONS
+"""Whether the rules were tested with this PyTorch: what its nodes have saved is no stable API."""
 
 # Importing the modules registers their rules.
 _RULES = (

@@ -14,21 +14,23 @@ _CHUNK = 2**15
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of ``a * b``, 0-d; float64 for what is longer than a chunk."""
     if a.shape != b.shape:
-        a, b = torch.broadcast_tensors(a, b)
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        a, b = a.expand(shape), b.expand(shape)
     if a.dtype != b.dtype or a.dtype in (torch.bfloat16, torch.float16):
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(wide), b.to(wide)
     a, b = _alike(a, b)
     if a.numel() <= _CHUNK or a.dtype == torch.float64 or a.device.type != "cpu":
         return torch.dot(a, b)
-    parts = zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+    parts = zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in parts]).sum(dtype=torch.float64)
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return both flattened in the same order, without a copy if they are laid out alike."""
     if a.dim() > 1 and not a.is_contiguous() and a.stride() == b.stride():
-        order = sorted(range(a.dim()), key=lambda i: -a.stride(i))
+        strides = a.stride()
+        order = sorted(range(a.dim()), key=lambda i: -strides[i])
         a, b = a.permute(order), b.permute(order)
     elif a.dim() == 2 and not b.is_contiguous() and b.t().is_contiguous():
         a, b = a.t(), b.t()
@@ -52,4 +54,7 @@ def balance(x: Tensor, tangent: Tensor) -> Tensor:
 def _length(t: Tensor) -> Tensor:
     flat = (t if t.is_contiguous() else t.reshape(-1)).reshape(-1)
     sample: Tensor = flat[:: max(1, math.ceil(flat.numel() / 4096))]
-    return torch.linalg.vector_norm(sample, dtype=torch.promote_types(t.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(
+        sample, dtype=torch.promote_types(t.dtype, torch.float32)
+    )
+    return norm

@@ -2,7 +2,7 @@
 
 o = P v with P = softmax(S) and S = q k' scale (+ mask). The kernel saves q, k, v, o and the
 logarithm of the normaliser, from which P comes back block by block; what a block needs is of the
-size of a block. With adjoint lambda of o let D = (lambda v' - <lambda, o>) P, the adjoint of S. Then
+size of a block. With lambda the adjoint of o, D = (lambda v' - <lambda, o>) P is that of S. Then
 
     S'  = (q' k + q k') scale           P' = P (S' - E S')          o' = P' v + P v'
     second order = sum D (S' - E S')^2 + 2 <D, q' k' scale> + 2 <lambda, P' v'>.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,74 +44,100 @@ def _in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 @rule("ScaledDotProductFlashAttentionForCpuBackward0", gradients=(1, 2), forward=_in_parts)
-def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent) -> Pushed:
-    """The whole of it; the mask is a constant."""
+def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent) -> Any:
+    """As in the head of this module; dropout and a mask that depends on parameters are not."""
     if node.saved("dropout_p") or any(m is not None for m in mask):
         return NotImplemented
-    query, key = node.saved("query"), node.saved("key")
+    query, key, value = (node.saved(name) for name in ("query", "key", "value"))
     shared = query.shape[-3] // key.shape[-3]  # query heads for each head of keys
 
     def by_head(t: Tangent, like: Tensor) -> Tensor:
         t = torch.zeros_like(like) if t is None else t
-        if shared > 1 and t.shape[-3] != query.shape[-3]:
+        if t.shape[-3] != query.shape[-3]:
             t = t.repeat_interleave(shared, -3)
         return t.reshape(-1, *t.shape[-2:])
 
-    q, k, v = by_head(query, query), by_head(key, key), by_head(node.saved("value"), key)
-    dq, dk, dv = by_head(dq, query), by_head(dk, key), by_head(dv, node.saved("value"))
-    out = by_head(node.saved("output"), query)
-    adjoint = by_head(node.adjoint, query)
     scale = node.saved("scale")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    normaliser = node.saved("logsumexp").reshape(*out.shape[:2], 1)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     bias = node.saved("attn_mask")
     if bias is not None:
-        bias = bias.expand(*query.shape[:-1], k.shape[-2]).reshape(*out.shape[:2], -1)
-
+        bias = bias.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -3)
+    out = by_head(node.saved("output"), query)
+    heads = _Heads(
+        q=by_head(query, query) * scale,
+        k=by_head(key, key),
+        v=by_head(value, value),
+        dq=by_head(dq, query) * scale,
+        dk=by_head(dk, key),
+        dv=by_head(dv, value),
+        out=out,
+        adjoint=by_head(node.adjoint, query),
+        normaliser=node.saved("logsumexp").reshape(*out.shape[:2], 1),
+        bias=bias,
+        causal=node.saved("is_causal"),
+    )
+    a = balance(heads.q, heads.dq)
+    tangent, squares, with_key, with_value = _by_blocks(heads, a)
     grad_key, grad_value = node.gradient(1), node.gradient(2)
     if grad_key is None or grad_value is None:
-        _, grad_key, grad_value = node.vjp(node.adjoint, None)[:3]
-    assert grad_key is not None and grad_value is not None
+        grad_key, grad_value = node.vjp(node.adjoint, None)[1:3]
+    with_key = (with_key - _by_shared(grad_key, heads.dk, shared)) / a
+    with_value = with_value - _by_shared(grad_value, heads.dv, shared)
+    return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None],
+                  squares + 2 * with_key + 2 * with_value)  # fmt: skip
 
-    a = balance(q, dq)
-    mixed_q = add_scaled(q, a, dq) * scale
-    mixed_k = add_scaled(k, -a, dk).transpose(1, 2)
-    scaled_q, scaled_dq = q * scale, dq * scale
-    kt, dkt, vt = k.transpose(1, 2), dk.transpose(1, 2), v.transpose(1, 2)
-    rest_v = v - dv
-    inner = (adjoint * out).sum(-1, keepdim=True)
-    tangent = torch.empty_like(out)
-    squares, with_key, with_value = [], [], []
-    for start in range(0, out.shape[1], _BLOCK):
-        rows = slice(start, min(start + _BLOCK, out.shape[1]))
-        seen = min(k.shape[1], rows.stop) if node.saved("is_causal") else k.shape[1]
-        p = torch.baddbmm(normaliser[:, rows], scaled_q[:, rows], kt[:, :, :seen], beta=-1)
-        if bias is not None:
-            part = bias[:, rows, :seen]
-            p = p.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else p.add_(part)
-        p.exp_()
-        if node.saved("is_causal"):
-            p.tril_(start)
-        score = torch.baddbmm(inner[:, rows], adjoint[:, rows], vt[:, :, :seen], beta=-1).mul_(p)
-        ds = torch.bmm(mixed_q[:, rows], dkt[:, :, :seen])
-        with_key.append(dot(score, ds))
-        ds.baddbmm_(scaled_dq[:, rows], mixed_k[:, :, :seen])  # now S'
+
+class _Heads(NamedTuple):
+    """What attention reads, by head: (batch times heads, length, width); q and dq are scaled."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    out: Tensor
+    adjoint: Tensor
+    normaliser: Tensor
+    bias: Tensor | None
+    causal: bool
+
+
+def _by_blocks(h: _Heads, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return o', sum D (S' - E S')^2, <D, (q + a q') k'> and <lambda, (P + P') v'>."""
+    mixed_q, mixed_k = add_scaled(h.q, a, h.dq), add_scaled(h.k, -a, h.dk).mT
+    rest_v = h.v - h.dv
+    inner = (h.adjoint * h.out).sum(-1, keepdim=True)
+    tangent = torch.empty_like(h.out)
+    terms = []
+    for start in range(0, h.out.shape[1], _BLOCK):
+        rows = slice(start, min(start + _BLOCK, h.out.shape[1]))
+        seen = min(h.k.shape[1], rows.stop) if h.causal else h.k.shape[1]
+        p = _probabilities(h, rows, seen)
+        d = torch.baddbmm(inner[:, rows], h.adjoint[:, rows], h.v.mT[:, :, :seen], beta=-1).mul_(p)
+        ds = torch.bmm(mixed_q[:, rows], h.dk.mT[:, :, :seen])
+        with_key = dot(d, ds)
+        ds.baddbmm_(h.dq[:, rows], mixed_k[:, :, :seen])  # now S'
         ds.sub_((p * ds).sum(-1, keepdim=True))
         dp = p * ds
-        squares.append(dot(score.mul_(ds), ds))
-        part_out = torch.bmm(p.add_(dp), dv[:, :seen])
-        with_value.append(dot(adjoint[:, rows], part_out))
-        tangent[:, rows] = part_out.baddbmm_(dp, rest_v[:, :seen])
-
-    def total(parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).sum(dtype=torch.float64)
-
-    key_term = (total(with_key) - _by_shared(grad_key, dk, shared)) / a
-    value_term = total(with_value) - _by_shared(grad_value, dv, shared)
-    second = total(squares) + 2 * key_term + 2 * value_term
-    return Pushed([tangent.view(query.shape), None], second)
+        squares = dot(d.mul_(ds), ds)
+        part = torch.bmm(p.add_(dp), h.dv[:, :seen])
+        terms.append(torch.stack([squares, with_key, dot(h.adjoint[:, rows], part)]).double())
+        tangent[:, rows] = part.baddbmm_(dp, rest_v[:, :seen])
+    return tangent, *torch.stack(terms).sum(0).unbind()  # type: ignore[return-value]
 
 
-def _by_shared(gradient: Tensor, tangent: Tensor, shared: int) -> Tensor:
+def _probabilities(h: _Heads, rows: slice, seen: int) -> Tensor:
+    """Return P in some rows, from the saved logarithms of its normalisers."""
+    p = torch.baddbmm(h.normaliser[:, rows], h.q[:, rows], h.k.mT[:, :, :seen], beta=-1)
+    if h.bias is not None:
+        bias = h.bias[:, rows, :seen]
+        p = p.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else p.add_(bias)
+    p.exp_()
+    return p.tril_(rows.start) if h.causal else p
+
+
+def _by_shared(gradient: Tensor | None, tangent: Tensor, shared: int) -> Tensor:
     """Return <gradient, tangent>, the tangent given for each query head."""
+    assert gradient is not None
     return dot(gradient.reshape(-1, *gradient.shape[-2:]), tangent[::shared])

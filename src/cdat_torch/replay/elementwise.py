@@ -59,7 +59,7 @@ def exp(node: Node) -> Tensor:
 @elementwise("LogBackward0")
 def log(node: Node) -> Tensor:
     """F'' = -1 / x^2."""
-    return -node.saved("self") ** -2  # type: ignore[no-any-return]
+    return -(node.saved("self") ** -2)  # type: ignore[no-any-return]
 
 
 @elementwise("Log1PBackward0")
@@ -171,7 +171,7 @@ def gelu(node: Node) -> Tensor:
     c, d = math.sqrt(2 / math.pi), 0.044715
     t = (c * (x + d * x**3)).tanh()
     s, dk = 1 - t * t, c * (1 + 3 * d * x * x)
-    return dk * s + x * (3 * c * d * x * s - t * dk * dk * s)  # type: ignore[no-any-return]
+    return dk * s + x * (3 * c * d * x * s - t * dk * dk * s)
 
 
 @elementwise("ErfBackward0")

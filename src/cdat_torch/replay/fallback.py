@@ -42,7 +42,7 @@ def push(node: Node, *tangents: Tangent) -> Pushed:
         edges: dict[Edge, Tensor] = {
             edge: t
             for edge, t in zip(node.autograd.next_functions, tangents, strict=False)
-            if t is not None and edge[0] is not None
+            if t is not None
         }
         with _apart([edge[0] for edge in edges]):
             inputs = [GradientEdge(*edge) for edge in edges]

@@ -30,7 +30,7 @@ class Graph:
     nodes : list of Node
         The operations that depend on a parameter.
     leaves : dict
-        By edge, the position of the parameter in `variables`.
+        By edge, the parameter that it is.
     uses : Counter
         How many operations read each edge.
     root : Edge
@@ -44,22 +44,23 @@ class Graph:
 
     def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
         self.nodes: list[Node] = []
-        self.leaves: dict[Edge, int] = {}
+        self.leaves: dict[Edge, Tensor] = {}
         self.uses: Counter[Edge] = Counter()
         self.root: Edge = (loss.grad_fn, loss.output_nr)
-        positions = {id(v): i for i, v in enumerate(variables)}
+        known = {id(v) for v in variables}
         active: set[Any] = set()
         for found in _inputs_first(loss.grad_fn):
             name = found.name()
             if name == _LEAF:
-                if id(found.variable) in positions:
+                if id(found.variable) in known:
                     active.add(found)
-                    self.leaves[found, 0] = positions[id(found.variable)]
+                    self.leaves[found, 0] = found.variable
                 continue
             reached = [edge for edge in found.next_functions if edge[0] in active]
             if reached:
                 if name not in RULES and name not in fallback.CHECKED:
-                    raise Unsupported(f"{name} has no rule")
+                    msg = f"{name} has no rule"
+                    raise Unsupported(msg)
                 active.add(found)
                 self.uses.update(reached)
                 self.nodes.append(Node(found))

@@ -78,7 +78,8 @@ def mse_loss(node: Node, difference: Tensor) -> float:
 def smooth_l1_loss(node: Node, difference: Tensor) -> Tensor:
     """Rho'' = 1 / beta below beta."""
     beta = node.saved("beta")
-    return (difference.abs() < beta).to(difference.dtype) / beta  # type: ignore[no-any-return]
+    inside = (difference.abs() < beta).to(difference.dtype)
+    return torch.div(inside, beta) if beta else torch.zeros_like(inside)
 
 
 @loss_of_difference("HuberLossBackward0")

@@ -90,7 +90,8 @@ def _affine(
     adjoint: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the tangent of ``w x^ + b`` and its mixed second-order term."""
-    y, mixed = None, None
+    y: Tangent = None
+    mixed: Tangent = None
     if moved is not None:
         y = moved if weight is None else moved * weight
         if dw is not None:
@@ -99,8 +100,7 @@ def _affine(
         y = normal * dw if y is None else torch.addcmul(y, normal, dw)
     if db is not None:
         y = db.expand(node.shape()) if y is None else y + db
-    assert y is not None
-    return y, mixed
+    return (node.zeros() if y is None else y), mixed
 
 
 def _total(*terms: Tensor | None) -> Tensor | None:
@@ -120,10 +120,11 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         r = (node.saved("running_var") + node.saved("eps")).rsqrt().view(shape)
         mean = node.saved("running_mean").view(shape)
         moved = None if dx is None else dx * r
-        by_channel = [None if v is None else v.view(shape) for v in (weight, dw, db)]
-        y, mixed = _affine(node, (x - mean) * r, moved, *by_channel, node.adjoint)
+        w, dw, db = (None if v is None else v.view(shape) for v in (weight, dw, db))
+        y, mixed = _affine(node, (x - mean) * r, moved, w, dw, db, node.adjoint)
         return Pushed([y, None, None], mixed)
     mean, r = node.saved("result1"), node.saved("result2")
+    y: Tangent
     y, second = None, None
     if dx is not None:
         y, second = _batch_moments(node, dx.contiguous(), x, weight, dw, mean, r)
@@ -146,9 +147,7 @@ def _batch_moments(
     def backward(
         grad: Tensor, x: Tensor, w: Any, mean: Tensor, r: Tensor, eps: float, wanted: list[bool]
     ) -> Any:
-        return _ATEN.native_batch_norm_backward(
-            grad, x, w, None, None, mean, r, True, eps, wanted
-        )
+        return _ATEN.native_batch_norm_backward(grad, x, w, None, None, mean, r, True, eps, wanted)
 
     adjoint = node.adjoint.contiguous()
     moved, with_normal, sums = backward(dx, x, weight, mean, r, node.saved("eps"), [True] * 3)
@@ -201,5 +200,3 @@ def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
         y = y + e * dg
         second = second + 2 * de * dg
     return Pushed([y, None], dot(node.adjoint, second))
-
-

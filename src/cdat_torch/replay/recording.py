@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from cdat_torch.replay import fallback
+from cdat_torch.replay.arithmetic import dot
 from cdat_torch.replay.graph import FALLBACK, Graph, rule_of
 from cdat_torch.replay.registry import Edge, Node, Pushed, Rule, Tangent, Unsupported
+from cdat_torch.sharding import is_sharded
 
+Pair = tuple[Tensor, Tensor]
 _VERIFIED: set[tuple[Any, ...]] = set()
 """Signatures of graphs in which every rule agreed with the fallback."""
 _MOST_VERIFIED = 4096
@@ -43,11 +47,11 @@ class Recording:
     """
 
     def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
-        if any(v.is_complex() for v in variables):
-            msg = "parameters are complex"
+        if any(v.is_complex() or is_sharded(v) for v in variables):
+            msg = "parameters are complex or sharded"
             raise Unsupported(msg)
         self._graph = Graph(loss, variables)
-        self._dtypes = {v.dtype for v in variables}
+        self._variables = list(variables)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -70,13 +74,48 @@ class Recording:
             for handle in handles:
                 handle.remove()
 
-    def sweep(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return slope and curvature along a direction; this is done once.
+    def along(self, grads: Sequence[Tensor], direction: Mapping[Tensor, Tensor]) -> Pair:
+        """Return <g, u> and <u, H u>, after a test that the sweep finds the same <g, u>.
 
         Parameters
         ----------
-        direction : sequence of Tensor
-            u, like the variables.
+        grads : sequence of Tensor
+            The gradient, in the order of `direction`.
+        direction : mapping
+            u by variable; what it lacks does not move.
+
+        Returns
+        -------
+        slope, curvature : Tensor
+            0-d, float64.
+
+        Raises
+        ------
+        Mismatch
+            If the two slopes differ, or a rule is wrong.
+        """
+        replayed, curvature = self.sweep(direction)
+        u = list(direction.values())
+        terms = torch.stack([dot(a, b).to(replayed) for a, b in zip(grads, u, strict=True)])
+        slope, size = terms.sum(), terms.abs().sum()
+        difference = (replayed - slope).abs()
+        if not bool(difference <= self._coarse * size):
+            # u may be orthogonal to g: then rounding errors are those of longer vectors
+            size = torch.stack([_norm(a) * _norm(b) for a, b in zip(grads, u, strict=True)]).sum()
+            if bool(torch.isfinite(slope)) and not bool(difference <= self._coarse * 0.1 * size):
+                msg = (
+                    f"the replayed slope is {float(replayed):.6g}, the true one {float(slope):.6g}"
+                )
+                raise Mismatch(msg)
+        return slope, curvature
+
+    def sweep(self, direction: Mapping[Tensor, Tensor]) -> Pair:
+        """Return slope and curvature along a direction; this can be done once.
+
+        Parameters
+        ----------
+        direction : mapping
+            u by variable.
 
         Returns
         -------
@@ -92,7 +131,9 @@ class Recording:
         graph = self._graph
         verify = (signature := graph.signature) not in _VERIFIED
         tangents: dict[Edge, Tangent] = {
-            edge: direction[position].detach() for edge, position in graph.leaves.items()
+            edge: direction[variable].detach()
+            for edge, variable in graph.leaves.items()
+            if variable in direction
         }
         uses, terms = graph.uses.copy(), []
         with torch.no_grad():
@@ -112,22 +153,38 @@ class Recording:
                         if not uses[edge]:
                             del uses[edge]
                             tangents.pop(edge, None)
-        if verify and len(_VERIFIED) < _MOST_VERIFIED:
-            _VERIFIED.add(signature)
         slope = tangents.get(graph.root)
-        zero = torch.zeros((), dtype=torch.float64, device=direction[0].device)
+        device = next(iter(direction.values())).device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         curvature = torch.stack(terms).sum() if terms else zero
-        return zero if slope is None else slope.to(torch.float64), curvature
+        slope = zero if slope is None else slope.to(torch.float64)
+        if verify and len(_VERIFIED) < _MOST_VERIFIED and bool(torch.isfinite(slope + curvature)):
+            _VERIFIED.add(signature)
+        return slope, curvature
+
+    def free(self) -> None:
+        """Release what the graph has saved, as a backward pass that does not retain it would do.
+
+        Whoever holds the loss holds its graph. Undefined adjoints run through it, for which no node
+        computes anything.
+        """
+        root, number = self._graph.root
+        handle = root.register_prehook(lambda adjoints: (None,) * len(adjoints))
+        try:
+            # A hook of the user's may not expect None: then the graph lives as long as the loss.
+            with suppress(Exception):
+                torch.autograd.grad(
+                    GradientEdge(root, number),
+                    self._variables,
+                    torch.zeros_like(Node(root).zeros(number)),
+                    allow_unused=True,
+                )
+        finally:
+            handle.remove()
 
     @property
     def _coarse(self) -> float:
-        return max(_TOLERANCE.get(dtype, _COARSE) for dtype in self._dtypes)
-
-    def check_slope(self, replayed: Tensor, slope: Tensor, scale: Tensor) -> None:
-        """Raise a `Mismatch` unless two slopes agree; `scale` is the size of their terms."""
-        if not bool(torch.abs(replayed - slope) <= self._coarse * scale):
-            msg = f"the replayed slope is {float(replayed):.6g}, that of the gradient {slope:.6g}"
-            raise Mismatch(msg)
+        return max(_TOLERANCE.get(v.dtype, _COARSE) for v in self._variables)
 
 
 def _keep_adjoints(node: Node, adjoints: tuple[Tensor | None, ...]) -> None:
@@ -170,19 +227,19 @@ def _reference(node: Node, rule: Rule, moved: Sequence[Tangent]) -> Pushed:
 
 
 def _compare(node: Node, found: Pushed, expected: Pushed, tolerance: float) -> None:
-    """Raise a `Mismatch` unless tangents and second-order terms agree."""
+    """Raise a `Mismatch` unless tangents and second-order terms agree; NaN agrees with all."""
     msg = f"the rule for {node.name} does not give the derivative that PyTorch computes"
-    reach = torch.zeros((), dtype=torch.float64)
+    reach = 0.0
     for i, (mine, other) in enumerate(zip(outputs(found), outputs(expected), strict=False)):
         if mine is None or other is None:
             continue
         size = _norm(other)
-        if not bool(_norm(mine - other) <= tolerance * size):
+        if bool(_norm(mine - other) > tolerance * size):
             raise Mismatch(msg)
         if i < len(node.adjoints) and (adjoint := node.adjoints[i]) is not None:
-            reach = reach.to(size) + _norm(adjoint) * size
-    mine, other = (0.0 if p.second is None else float(p.second) for p in (found, expected))
-    if not abs(mine - other) <= tolerance * (abs(other) + float(reach)):
+            reach += float(_norm(adjoint) * size)
+    second, true = (0.0 if p.second is None else float(p.second) for p in (found, expected))
+    if abs(second - true) > tolerance * (abs(true) + reach):
         raise Mismatch(msg)
 
 
@@ -193,4 +250,5 @@ def outputs(pushed: Pushed) -> list[Tangent]:
 
 
 def _norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.float64)
+    return norm

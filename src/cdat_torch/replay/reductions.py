@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def subtract_from(node: Node, da: Tangent, db: Tangent) -> Tensor:
 @linear("RsubBackward1")
 def subtract_from_constant(node: Node, da: Tensor) -> Tensor:
     """A number minus alpha a."""
-    return da * -node.saved("alpha")
+    moved: Tensor = da * -node.saved("alpha")
+    return moved
 
 
 @linear("SumBackward0")
@@ -78,7 +81,8 @@ def extreme(node: Node, dx: Tensor) -> Tensor:
             y = y.unsqueeze(dim)
     chosen = (node.saved("self") == y).to(dx.dtype)
     share = chosen / chosen.sum(dims, keepdim=True)
-    return (share * dx).sum(dims, keepdim=keep)
+    moved: Tensor = (share * dx).sum(dims, keepdim=keep)
+    return moved
 
 
 @linear("MaxBackward0", "MinBackward0")
@@ -108,12 +112,13 @@ def max_pool(node: Node, dx: Tensor) -> Tensor:
 @linear("AvgPool2DBackward0")
 def avg_pool(node: Node, dx: Tensor) -> Tensor:
     """The mean of each window."""
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    arguments = [node.saved(name) for name in names]
-    return torch.nn.functional.avg_pool2d(dx, *arguments, node.saved("divisor_override"))
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+             "divisor_override")  # fmt: skip
+    arguments: Any = [node.saved(name) for name in names]
+    return torch.nn.functional.avg_pool2d(dx, *arguments)
 
 
 @linear("AdaptiveAvgPool2DBackward0")
 def adaptive_avg_pool(node: Node, dx: Tensor) -> Tensor:
     """The mean of each of a number of windows."""
-    return torch.nn.functional.adaptive_avg_pool2d(dx, node.shape()[-2:])
+    return torch.nn.functional.adaptive_avg_pool2d(dx, (node.shape()[-2], node.shape()[-1]))

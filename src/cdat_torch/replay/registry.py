@@ -23,7 +23,7 @@ Edge = tuple[Any, int]
 """An autograd node and the number of one of its outputs: a tensor of the forward pass."""
 
 
-class Unsupported(Exception):  # noqa: N818
+class Unsupported(RuntimeError):  # noqa: N818
     """The graph holds something that no rule can carry a direction through."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,27 +88,27 @@ def unbind(node: Node, dx: Tensor) -> Sequence[Tensor]:
 @linear("SplitBackward0", "UnsafeSplitBackward0")
 def split(node: Node, dx: Tensor) -> Sequence[Tensor]:
     """Parts of one size."""
-    return dx.split(node.saved("split_size"), node.saved("dim"))
+    return torch.split(dx, node.saved("split_size"), node.saved("dim"))
 
 
 @linear("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0")
 def split_with_sizes(node: Node, dx: Tensor) -> Sequence[Tensor]:
     """Parts of given sizes."""
-    return dx.split(list(node.saved("split_sizes")), node.saved("dim"))
+    return torch.split(dx, list(node.saved("split_sizes")), node.saved("dim"))
 
 
 @linear("CatBackward0")
-def cat(node: Node, *parts: Tangent) -> Tensor:
+def cat(node: Node, *parts: Tangent) -> Any:
     """Parts one after the other; of a constant part backward remembers no size but the rest."""
     dim = node.saved("dim")
     known = [part for part in parts if part is not None]
     if len(known) == len(parts):
         return torch.cat(known, dim)
-    rest = node.shape()[dim] - sum(part.shape[dim] for part in known)
     if len(parts) - len(known) > 1:
         return NotImplemented
-    zeros = known[0].new_zeros([*(size := list(known[0].shape))[: dim % len(size)], rest,
-                                *size[dim % len(size) + 1 :]])  # fmt: skip
+    size = list(known[0].shape)
+    size[dim] = node.shape()[dim] - sum(part.shape[dim] for part in known)
+    zeros = known[0].new_zeros(size)
     return torch.cat([zeros if part is None else part for part in parts], dim)
 
 

@@ -1,0 +1,97 @@
+"""Evaluating a loss so that its curvature can be measured, in the first of several ways that works.
+
+Whether a graph can be replayed shows only when it is there. If it cannot, the loss is evaluated
+once more for the next way, and that one stays in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cdat_torch.differentiability import anything_compiled, further_differentiable, logger
+from cdat_torch.differentiation import Differentiated, Kernels, differentiate
+from cdat_torch.gauss_newton import first_line
+from cdat_torch.methods import BY_NAME, Ways
+from cdat_torch.reevaluation import Trace
+from cdat_torch.replay import Mismatch, Unsupported
+
+T = TypeVar("T")
+
+
+def evaluated(
+    evaluate: Callable[[Kernels], Tensor], params: Sequence[Tensor], ways: Ways, trace: Trace
+) -> tuple[Tensor, Differentiated, Ways]:
+    """Return a loss, its first derivative, and the ways that are left to measure its curvature.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Evaluates the loss with a choice of kernels.
+    params : sequence of Tensor
+        The parameters.
+    ways : sequence of str
+        None of them if no curvature is to be measured.
+    trace : Trace
+        It takes note of what the evaluation changes.
+    """
+    compiled = anything_compiled()
+    if compiled and ways[:1] == ("replay",) and len(ways) > 1:
+        ways = ways[1:]  # compiled modules do not say which buffers the first evaluation moved
+    while True:
+        method = BY_NAME[ways[0]] if ways else None
+        kernels = method.kernels if method else nullcontext
+        with trace.recorded(buffers=kernels is further_differentiable or not compiled):
+            loss = evaluate(kernels)
+        twice, record = (method.differentiated_twice, method.recorded) if method else (False, False)
+        try:
+            with torch.enable_grad():
+                return loss, differentiate(loss, params, create_graph=twice, record=record), ways
+        except Unsupported as error:
+            ways = given_up(ways, error)
+            trace.undo()
+
+
+def first_that_works(ways: Ways, compute: Callable[[str], T]) -> tuple[T, Ways]:
+    """Return what `compute` returns for the first way that works, and the ways from there on."""
+    while True:
+        try:
+            return compute(ways[0]), ways
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            ways = given_up(ways, error)
+
+
+def given_up(ways: Ways, error: Exception) -> Ways:
+    """Return the ways after the first one, and tell the user; raise `error` if there are none."""
+    if len(ways) == 1:
+        raise error
+    reason, rest = first_line(error), ways[1:]
+    if isinstance(error, Mismatch):
+        warnings.warn(
+            f"the autograd graph was not replayed exactly ({reason}); the curvature comes from "
+            "double backward instead. Please report this with the operation",
+            stacklevel=5,
+        )
+    elif isinstance(error, Unsupported):
+        logger.log(
+            logging.INFO,
+            "the autograd graph cannot be replayed (%s); the curvature comes from double backward "
+            "instead, which costs about two gradients more",
+            reason,
+        )
+    else:
+        warnings.warn(
+            f"the loss has an operation without a second derivative ({reason}); the curvature "
+            "comes from central finite differences of gradients instead: two further evaluations "
+            "of the loss for each product with the Hessian",
+            stacklevel=5,
+        )
+    return rest
