@@ -20,6 +20,14 @@ from cdat_torch.fully_sharded import modules_of
 from cdat_torch.sharding import from_part, is_sharded, local
 
 
+def several_processes() -> bool:
+    """Return whether this process is one of several, which may take part in a forward pass."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
+
+
 class Replicas:
     """The processes of a group; a single process has nothing to do.
 

@@ -1,7 +1,9 @@
 """Evaluating a loss so that its curvature can be measured, in the first of several ways that works.
 
 Whether a graph can be replayed shows only when it is there. If it cannot, the loss is evaluated
-once more for the next way, and that one stays in use.
+once more for the next way, and that one stays in use. Among several processes the loss is evaluated
+once, because its forward pass may take all of them and only one may find a graph that it cannot
+replay: then with kernels whose graph serves double backward as well.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from cdat_torch.differentiability import anything_compiled, further_differentiable, logger
 from cdat_torch.differentiation import Differentiated, Kernels, differentiate
+from cdat_torch.distributed import several_processes
 from cdat_torch.gauss_newton import first_line
 from cdat_torch.methods import BY_NAME, Ways
 from cdat_torch.reevaluation import Trace
@@ -41,21 +44,37 @@ def evaluated(
     trace : Trace
         It takes note of what the evaluation changes.
     """
-    compiled = anything_compiled()
+    compiled, together = anything_compiled(), several_processes()
     if compiled and ways[:1] == ("replay",) and len(ways) > 1:
         ways = ways[1:]  # compiled modules do not say which buffers the first evaluation moved
     while True:
         method = BY_NAME[ways[0]] if ways else None
         kernels = method.kernels if method else nullcontext
+        if together and method is not None and method.recorded:
+            kernels = further_differentiable
         with trace.recorded(buffers=kernels is further_differentiable or not compiled):
             loss = evaluate(kernels)
-        twice, record = (method.differentiated_twice, method.recorded) if method else (False, False)
         try:
-            with torch.enable_grad():
-                return loss, differentiate(loss, params, create_graph=twice, record=record), ways
+            return loss, *_differentiated(loss, params, ways, again=together)
         except Unsupported as error:
             ways = given_up(ways, error)
             trace.undo()
+
+
+def _differentiated(
+    loss: Tensor, params: Sequence[Tensor], ways: Ways, *, again: bool
+) -> tuple[Differentiated, Ways]:
+    """Differentiate for the first way; with `again` for the next one where that does not work."""
+    while True:
+        method = BY_NAME[ways[0]] if ways else None
+        twice, record = (method.differentiated_twice, method.recorded) if method else (False, False)
+        try:
+            with torch.enable_grad():
+                return differentiate(loss, params, create_graph=twice, record=record), ways
+        except Unsupported as error:
+            if not again:
+                raise
+            ways = given_up(ways, error)
 
 
 def first_that_works(ways: Ways, compute: Callable[[str], T]) -> tuple[T, Ways]:

@@ -20,7 +20,15 @@ from cdat_torch.differentiability import (
     recurrent_layers_in_parts,
     refuse_once_differentiable,
 )
-from cdat_torch.differentiation import Kernels, LossFn, differentiate, evaluate, vector_jacobian
+from cdat_torch.differentiation import (
+    Kernels,
+    LossFn,
+    differentiate,
+    evaluate,
+    gradients,
+    vector_jacobian,
+)
+from cdat_torch.distributed import several_processes
 from cdat_torch.gauss_newton import CompositeLoss, gauss_newton_curvature
 from cdat_torch.reevaluation import RandomState, displace, put_back, without_trace
 from cdat_torch.replay import IS_TESTED, Recording
@@ -62,9 +70,11 @@ class Point(NamedTuple):
 
     def evaluated_again(self) -> Point:
         """Return the same point with a graph of its gradient."""
-        with without_trace(self.params, self.start):
-            loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
-            _, grads, _ = differentiate(loss, self.params, create_graph=True)
+        loss = self.loss  # among several processes the loss is evaluated once
+        if not several_processes():
+            with without_trace(self.params, self.start):
+                loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
+        grads = gradients(loss, self.params, create_graph=True)
         known = [
             torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)
         ]

@@ -14,7 +14,7 @@ _CHUNK = 2**15
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of ``a * b``, 0-d; float64 for what is longer than a chunk."""
     if a.shape != b.shape:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = a.expand(shape), b.expand(shape)
     if a.dtype != b.dtype or a.dtype in (torch.bfloat16, torch.float16):
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)

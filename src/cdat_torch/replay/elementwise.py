@@ -24,7 +24,7 @@ def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node
             if any(other is not None for other in others):
                 return NotImplemented
             dy = node.vjp(dx)[0]
-            return Pushed(dy, dot(factor(node) * node.adjoint * dx, dx))
+            return Pushed(dy, dot(torch.mul(node.adjoint, dx).mul_(factor(node)), dx))
 
         for name in names:
             RULES[name] = Rule(push, adjoint=True)
@@ -162,11 +162,11 @@ def elu(node: Node) -> Tensor:
 @elementwise("GeluBackward0")
 def gelu(node: Node) -> Tensor:
     """F'' = (2 - x^2) phi(x), with phi the normal density; of the tanh form its own."""
-    x = node.saved("self")
+    x: Tensor = node.saved("self")
     if node.saved("approximate") == "none":
-        square = x * x
+        square, c = x * x, 1 / math.sqrt(2 * math.pi)
         density = torch.mul(square, -0.5).exp_()
-        return density.mul_(square.neg_().add_(2.0)).mul_(1 / math.sqrt(2 * math.pi))  # type: ignore[no-any-return]
+        return density.mul_(square.mul_(-c).add_(2 * c))
     # f = x (1 + t) / 2 with t = tanh k and k = c (x + d x^3); t' = k' s and s = 1 - t^2
     c, d = math.sqrt(2 / math.pi), 0.044715
     t = (c * (x + d * x**3)).tanh()

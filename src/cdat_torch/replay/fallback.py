@@ -93,11 +93,9 @@ def _derived(
         allow_unused=True,
         retain_graph=True,
     )
-    terms = [
-        dot(h, t).to(torch.float64)
-        for h, t in zip(derivatives[len(v) :], moved, strict=True)
-        if h is not None
-    ]
+    second: Sequence[Tensor | None] = derivatives[len(v) :]
+    pairs = [(h, t) for h, t in zip(second, moved, strict=True) if h is not None]
+    terms = [dot(h, t).to(torch.float64) for h, t in pairs]
     return Pushed(list(derivatives[: len(v)]), torch.stack(terms).sum() if terms else None)
 
 

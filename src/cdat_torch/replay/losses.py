@@ -85,7 +85,8 @@ def smooth_l1_loss(node: Node, difference: Tensor) -> Tensor:
 @loss_of_difference("HuberLossBackward0")
 def huber_loss(node: Node, difference: Tensor) -> Tensor:
     """Rho'' = 1 below delta."""
-    return (difference.abs() <= node.saved("delta")).to(difference.dtype)
+    delta: float = node.saved("delta")
+    return (difference.abs() <= delta).to(difference.dtype)
 
 
 @loss_of_prediction("BinaryCrossEntropyWithLogitsBackward0")

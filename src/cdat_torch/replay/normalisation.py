@@ -9,6 +9,7 @@ Means are over the entries that are normalised together. With q = r' / r, which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,12 +73,19 @@ def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
 def _second_order(
     normal: Tensor, moved: Tensor, dx: Tensor, r: Tensor, adjoint: Tensor, dims: tuple[int, ...]
 ) -> Tensor:
-    """Return <adjoint, x^''>, given x^, x^' and x'."""
-    q = -(normal * dx).mean(dims, keepdim=True) * r
-    centred = dx - dx.mean(dims, keepdim=True)
-    ratio = 3 * q * q - r * r * (centred * centred).mean(dims, keepdim=True)
-    second = torch.sub(moved, normal * q).mul_(2 * q).addcmul_(normal, ratio)
-    return dot(adjoint, second)
+    """Return <adjoint, x^''>, given x^, x^' and x'; sums over what is normalised together first."""
+    number = math.prod(normal.shape[d] for d in dims)
+    buffer = torch.empty_like(normal)
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mul(a, b, out=buffer).sum(dims, keepdim=True)
+
+    q = inner(normal, dx) * r / -number
+    mean = dx.sum(dims, keepdim=True) / number
+    centred = torch.sub(dx, mean)
+    ratio = 3 * q * q - r * r * inner(centred, centred) / number
+    with_normal = inner(adjoint, normal)
+    return dot(inner(adjoint, moved) - q * with_normal, 2 * q) + dot(with_normal, ratio)
 
 
 def _affine(
@@ -121,11 +129,11 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         mean = node.saved("running_mean").view(shape)
         moved = None if dx is None else dx * r
         w, dw, db = (None if v is None else v.view(shape) for v in (weight, dw, db))
-        y, mixed = _affine(node, (x - mean) * r, moved, w, dw, db, node.adjoint)
-        return Pushed([y, None, None], mixed)
+        affine, mixed = _affine(node, (x - mean) * r, moved, w, dw, db, node.adjoint)
+        return Pushed([affine, None, None], mixed)
     mean, r = node.saved("result1"), node.saved("result2")
-    y: Tangent
-    y, second = None, None
+    y: Tangent = None
+    second: Tangent = None
     if dx is not None:
         y, second = _batch_moments(node, dx.contiguous(), x, weight, dw, mean, r)
     if dw is not None:

@@ -16,7 +16,7 @@ This is exact for every a; a = |x| / |x'| balances the rounding errors of the tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,25 @@ from cdat_torch.replay.arithmetic import add_scaled, balance, dot
 from cdat_torch.replay.registry import Node, Pushed, Tangent, rule
 
 Product = Callable[[Tensor, Tensor], Tensor]
+HALF = (torch.bfloat16, torch.float16)
+"""Too coarse for a difference of products: three products are formed."""
 AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Offset(NamedTuple):
+    """What is added to a product.
+
+    Attributes
+    ----------
+    tangent, gradient : Tensor
+        The tangent of what is added, and the derivative with respect to it.
+    add_product : callable
+        ``(b, x, w) -> b + x w`` in one operation.
+    """
+
+    tangent: Tensor
+    gradient: Tensor
+    add_product: AddProduct
 
 
 def bilinear(
@@ -36,6 +54,7 @@ def bilinear(
     tangents: tuple[Tangent, Tangent],
     node: Node,
     gradient: Tensor | None,
+    offset: Offset | None = None,
 ) -> tuple[Tangent, Tensor | None]:
     """Return the tangent of ``product(x, w)`` and 2 <lambda, product(x', w')>.
 
@@ -51,6 +70,8 @@ def bilinear(
         For lambda.
     gradient : Tensor or None
         The derivative with respect to w; without it three products are formed.
+    offset : Offset, optional
+        The tangent of something that is added to the product, which is added here for nothing.
     """
     dx, dw = tangents
     if dx is None:
@@ -58,12 +79,16 @@ def bilinear(
     if dw is None:
         return product(dx, w()), None
     point = x()
-    if gradient is None or point.dtype in (torch.bfloat16, torch.float16):
+    if gradient is None or point.dtype in HALF:
         second = 2 * dot(node.adjoint, product(dx, dw))
         return add_product(product(point, dw), dx, w()), second
     a = balance(point, dx)
-    part = product(add_scaled(point, a, dx), dw)
-    second = (dot(node.adjoint, part) - dot(gradient, dw)) * (2 / a)
+    mixed = add_scaled(point, a, dx)
+    part = product(mixed, dw) if offset is None else offset.add_product(offset.tangent, mixed, dw)
+    known = node.inner_product(gradient, dw)
+    if offset is not None:
+        known = known + dot(offset.gradient, offset.tangent)
+    second = (dot(node.adjoint, part) - known) * (2 / a)
     return add_product(part, dx, add_scaled(w(), -a, dw)), second
 
 
@@ -79,10 +104,17 @@ def bmm(node: Node, dx: Tangent, dw: Tangent) -> Pushed:
     return Pushed(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
 
 
-@rule("AddmmBackward0", gradients=(2,), both=(1, 2))
+@rule("AddmmBackward0", gradients=(0, 2), both=(1, 2))
 def addmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
     """Z = beta b + alpha x w."""
-    return _affine(node, "mat1", "mat2", db, dx, dw)
+    gradient = node.gradient(0)
+    simple = node.saved("alpha") == 1 and node.saved("beta") == 1
+    if not simple or gradient is None or db is None or dx is None or dw is None:
+        return _affine(node, "mat1", "mat2", db, dx, dw)
+    if node.gradient(2) is None or dx.dtype in HALF:
+        return _affine(node, "mat1", "mat2", db, dx, dw)
+    offset = Offset(db, gradient, torch.addmm)
+    return Pushed(*_matrix_product(node, "mat1", "mat2", dx, dw, position=2, offset=offset))
 
 
 @rule("BaddbmmBackward0", gradients=(2,), both=(1, 2))
@@ -93,7 +125,6 @@ def baddbmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
 
 def _affine(node: Node, x: str, w: str, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
     alpha, beta = node.saved("alpha"), node.saved("beta")
-    # <lambda, alpha B(x, w')> = <g_w, w'>: the identity holds for the product without alpha too.
     z, second = _matrix_product(node, x, w, dx, dw, position=2, factor=alpha)
     if z is not None and alpha != 1:
         z = z.mul_(alpha)
@@ -112,15 +143,14 @@ def _matrix_product(
     *,
     position: int,
     factor: float = 1,
+    offset: Offset | None = None,
 ) -> tuple[Tangent, Tensor | None]:
     batched = len(node.shape()) == 3
 
     def add_product(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return z.baddbmm_(a, b) if batched else z.addmm_(a, b)
 
-    gradient = node.gradient(position)
-    if factor != 1:
-        gradient = None  # three products: rare, and not worth a case of its own
+    # With a factor three products are formed: rare, and not worth a case of its own.
     z, second = bilinear(
         torch.bmm if batched else torch.mm,
         add_product,
@@ -128,7 +158,8 @@ def _matrix_product(
         lambda: node.saved(w),
         (dx, dw),
         node,
-        gradient,
+        node.gradient(position) if factor == 1 else None,
+        offset,
     )
     return z, None if second is None else second * factor
 

@@ -14,7 +14,16 @@ from torch.autograd.graph import GradientEdge
 from cdat_torch.replay import fallback
 from cdat_torch.replay.arithmetic import dot
 from cdat_torch.replay.graph import FALLBACK, Graph, rule_of
-from cdat_torch.replay.registry import Edge, Node, Pushed, Rule, Tangent, Unsupported
+from cdat_torch.replay.registry import (
+    Edge,
+    InnerProducts,
+    Node,
+    Pushed,
+    Rule,
+    Tangent,
+    Unsupported,
+    memory,
+)
 from cdat_torch.sharding import is_sharded
 
 Pair = tuple[Tensor, Tensor]
@@ -94,9 +103,11 @@ class Recording:
         Mismatch
             If the two slopes differ, or a rule is wrong.
         """
-        replayed, curvature = self.sweep(direction)
         u = list(direction.values())
-        terms = torch.stack([dot(a, b).to(replayed) for a, b in zip(grads, u, strict=True)])
+        parts = [dot(a, b) for a, b in zip(grads, u, strict=True)]
+        known = {memory(a, b): part for a, b, part in zip(grads, u, parts, strict=True)}
+        replayed, curvature = self.sweep(direction, known)
+        terms = torch.stack([part.to(replayed) for part in parts])
         slope, size = terms.sum(), terms.abs().sum()
         difference = (replayed - slope).abs()
         if not bool(difference <= self._coarse * size):
@@ -109,13 +120,17 @@ class Recording:
                 raise Mismatch(msg)
         return slope, curvature
 
-    def sweep(self, direction: Mapping[Tensor, Tensor]) -> Pair:
+    def sweep(
+        self, direction: Mapping[Tensor, Tensor], inner_products: InnerProducts | None = None
+    ) -> Pair:
         """Return slope and curvature along a direction; this can be done once.
 
         Parameters
         ----------
         direction : mapping
             u by variable.
+        inner_products : dict, optional
+            Inner products of gradients and directions that are known.
 
         Returns
         -------
@@ -141,6 +156,7 @@ class Recording:
                 edges = node.autograd.next_functions
                 moved = [tangents.get(edge) for edge in edges]
                 if any(tangent is not None for tangent in moved):
+                    node.inner_products = inner_products or {}
                     pushed = _pushed(node, moved, verify=verify, coarse=self._coarse)
                     outs = outputs(pushed)
                     tangents.update({(node.autograd, i): t for i, t in enumerate(outs)})

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cdat_torch.replay.arithmetic import dot
+
 Tangent = Tensor | None
 """The derivative of a tensor along the direction; None is zero."""
 
 Edge = tuple[Any, int]
 """An autograd node and the number of one of its outputs: a tensor of the forward pass."""
+InnerProducts = dict[tuple[int, int, int], Tensor]
 
 
 class Unsupported(RuntimeError):  # noqa: N818
@@ -36,15 +39,18 @@ class Node:
         The derivatives of the loss with respect to the outputs; empty if the rule asked for none.
     gradients : dict
         By position, those derivatives with respect to inputs that the rule asked for.
+    inner_products : dict
+        Inner products that are known already, by the memory of their factors.
     """
 
-    __slots__ = ("_node", "_versions", "adjoints", "gradients")
+    __slots__ = ("_node", "_versions", "adjoints", "gradients", "inner_products")
 
     def __init__(self, node: Any) -> None:
         self._node = node
         self.adjoints: tuple[Tensor | None, ...] = ()
         self.gradients: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
+        self.inner_products: InnerProducts = {}
 
     @property
     def autograd(self) -> Any:
@@ -74,6 +80,11 @@ class Node:
         """Keep the derivative with respect to an input."""
         self.gradients[position] = gradient.detach()
         self._versions[position] = gradient._version
+
+    def inner_product(self, gradient: Tensor, tangent: Tensor) -> Tensor:
+        """Return <gradient, tangent>; for a weight that is read once it is part of the slope."""
+        known = self.inner_products.get(memory(gradient, tangent))
+        return dot(gradient, tangent) if known is None else known
 
     def metadata(self, output: int = 0) -> Any:
         """Return shape, dtype and device of an output."""
@@ -188,6 +199,11 @@ def linear(*names: str) -> Callable[[Push], Push]:
         return push
 
     return register
+
+
+def memory(gradient: Tensor, tangent: Tensor) -> tuple[int, int, int]:
+    """Return what tells a pair of tensors from others: views of the whole have the same."""
+    return gradient.data_ptr(), tangent.data_ptr(), gradient.numel()
 
 
 def _signed(value: int) -> int:
