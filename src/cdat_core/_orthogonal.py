@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cdat_core._arrays import namespace, safe_reciprocal, sqrt_nonnegative
 from cdat_core._types import InnerProductSpace, Scalar, V
@@ -29,9 +29,12 @@ def remove(x: V, basis: Sequence[V], *, space: InnerProductSpace[V]) -> V:
     return x
 
 
-def remainder(x: V, basis: Sequence[V], *, space: InnerProductSpace[V]) -> tuple[V, Scalar, Scalar]:
+def remainder(
+    x: V, remove_all: Callable[[V], V], *, space: InnerProductSpace[V]
+) -> tuple[V, Scalar, Scalar]:
     """Return what two Gram-Schmidt passes leave of `x`, its length, and whether it collapsed.
 
+    `remove_all` makes one pass: it takes the projection on the basis off a vector, as `remove`.
     It has collapsed if the second pass took away half of what the first had left: `x` lies in the
     span up to rounding, and the remainder is no direction but noise.
 
@@ -40,9 +43,9 @@ def remainder(x: V, basis: Sequence[V], *, space: InnerProductSpace[V]) -> tuple
     Problem, section 6.9: twice is enough). This test needs no machine epsilon, so it holds for
     vectors of any precision.
     """
-    x = remove(x, basis, space=space)
+    x = remove_all(x)
     before = norm(x, space=space)
-    x = remove(x, basis, space=space)
+    x = remove_all(x)
     length = norm(x, space=space)
     return x, length, length < 0.5 * before
 

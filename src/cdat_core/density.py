@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from cdat_core import _validation
 from cdat_core._arrays import namespace
@@ -50,6 +50,8 @@ def spectral_density(
     num_matvecs: int,
     space: InnerProductSpace[V],
     reorthogonalize: bool = True,
+    process: Callable[..., LanczosResult[V]] = lanczos,
+    over: Callable[..., Iterable[Any]] = map,
 ) -> SpectralDensity:
     r"""Estimate the spectral density by stochastic Lanczos quadrature.
 
@@ -72,6 +74,9 @@ def spectral_density(
         The inner product of the vectors.
     reorthogonalize : bool, optional
         As in `lanczos`. Without it memory is three vectors, and the density stays about as good.
+    process, over : callable, optional
+        What runs the Lanczos process and what applies a function to each of several vectors, called
+        as `lanczos` and `map`; for adapters that compile, whose loops are not those of Python.
 
     Returns
     -------
@@ -112,12 +117,14 @@ def spectral_density(
     """
     num_matvecs = _validation.count("num_matvecs", num_matvecs)
     probes = checked_probes(probes, at_least=1)
-    runs = []
-    for probe in probes:
-        run = lanczos(
+
+    def run_from(probe: V) -> LanczosResult[V]:
+        run = process(
             hvp, probe, num_matvecs=num_matvecs, space=space, reorthogonalize=reorthogonalize
         )
-        runs.append(run._replace(vectors=()))  # let go of the vectors
+        return run._replace(vectors=())  # let go of the vectors
+
+    runs = list(over(run_from, probes))
     rules = [_gauss_rule(run, num_matvecs) for run in runs]
     xp = namespace(runs[0].diagonal)
     nodes = xp.stack([rule[0] for rule in rules])

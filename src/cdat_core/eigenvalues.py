@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, Literal, NamedTuple
 
 from cdat_core import _validation
 from cdat_core._arrays import counter, namespace, safe_reciprocal, sqrt_nonnegative
 from cdat_core._tridiagonal import ritz_decomposition
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
-from cdat_core.krylov import lanczos
+from cdat_core.krylov import LanczosResult, lanczos
 
 
 class PowerIterationState(NamedTuple, Generic[V]):
@@ -125,6 +126,7 @@ def top_eigenvalues(
     num_matvecs: int,
     space: InnerProductSpace[V],
     which: Literal["largest", "smallest", "both"] = "largest",
+    process: Callable[..., LanczosResult[V]] = lanczos,
 ) -> TopEigenvalues[V]:
     """Return the k algebraically largest (or smallest) eigenvalues, by the Lanczos method.
 
@@ -148,6 +150,9 @@ def top_eigenvalues(
     which : {"largest", "smallest", "both"}, optional
         The end of the spectrum, by sign, not by magnitude; with ``"both"`` the k largest are
         followed by the k smallest, from the same products.
+    process : callable, optional
+        What runs the Lanczos process, called as `lanczos`; for adapters that compile, whose loop is
+        not one of Python.
 
     Returns
     -------
@@ -197,7 +202,7 @@ def top_eigenvalues(
         )
         raise ValueError(msg)
     vector = _sum(start.vectors, space) if isinstance(start, TopEigenvalues) else start
-    run = lanczos(hvp, vector, num_matvecs=num_matvecs, space=space)
+    run = process(hvp, vector, num_matvecs=num_matvecs, space=space)
     ritz = ritz_decomposition(run.diagonal, run.off_diagonal, run.num_valid)
     xp = namespace(run.diagonal)
     index = _selected(run.num_valid, k, which)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Generic, NamedTuple
 
 from cdat_core import _validation
 from cdat_core._arrays import counter, increment, namespace, safe_reciprocal
-from cdat_core._orthogonal import norm, normalized, remainder, rounding_unit
+from cdat_core._orthogonal import norm, normalized, remainder, remove, rounding_unit
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
 
 BREAKDOWN = 16.0
@@ -118,45 +120,126 @@ def lanczos(
     [-2.0, 1.0, 4.0]
     """
     num_matvecs = _validation.count("num_matvecs", num_matvecs)
-    vector = normalized(start, space=space)
-    size = space.vdot(vector, vector)
-    xp = namespace(size)
-    zero = xp.zeros_like(size)
-    tiny = zero + float(xp.finfo(size.dtype).smallest_normal)
-    tolerance = BREAKDOWN * rounding_unit(vector, space=space)
-    # Conditions are written so that NaN counts as alive: it must show in the result.
-    alive = size != 0
-    previous = vector
-    basis = [vector]
-    magnitude, beta, num_valid = zero, zero, counter(size)
+    state = lanczos_start(start, space=space)
+    basis: list[V] = []
+    remove_all = partial(remove, basis=basis, space=space) if reorthogonalize else None
     diagonal, off_diagonal = [], []
-    for step in range(num_matvecs):
-        num_valid = increment(num_valid, alive)
-        rest = hvp(vector)
-        if step > 0:
-            rest = space.add_scale(rest, -beta, previous)
-        alpha = xp.where(alive, space.vdot(vector, rest), zero)
-        rest = space.add_scale(rest, -alpha, vector)
+    for _ in range(num_matvecs):
         if reorthogonalize:
-            rest, beta, collapsed = remainder(rest, basis, space=space)
-            alive = alive & ~collapsed
-        else:
-            beta = norm(rest, space=space)
-        magnitude = xp.maximum(magnitude, xp.maximum(xp.abs(alpha), beta))
-        alive = alive & ~(beta <= xp.maximum(tolerance * magnitude, tiny))
-        beta = xp.where(alive, beta, zero)
+            basis.append(state.vector)
+        state, alpha = lanczos_step(hvp, state, remove_all, space=space)
         diagonal.append(alpha)
-        off_diagonal.append(beta)
-        if step + 1 < num_matvecs:
-            previous, vector = vector, space.scale(safe_reciprocal(beta), rest)
-            if reorthogonalize:
-                basis.append(vector)
-    coefficients = xp.stack(off_diagonal)
+        off_diagonal.append(state.beta)
+    xp = namespace(state.beta)
     return LanczosResult(
         diagonal=xp.stack(diagonal),
-        off_diagonal=coefficients[:-1],
-        vectors=tuple(basis) if reorthogonalize else (),
-        residual_norm=beta,
-        num_valid=num_valid,
-        num_matvecs=counter(size) + num_matvecs,
+        off_diagonal=xp.stack(off_diagonal)[:-1],
+        vectors=tuple(basis),
+        residual_norm=state.beta,
+        num_valid=state.num_valid,
+        num_matvecs=counter(state.beta) + num_matvecs,
     )
+
+
+class LanczosState(NamedTuple, Generic[V]):
+    """Where a Lanczos process stands between two steps.
+
+    Attributes
+    ----------
+    vector : V
+        The Lanczos vector to multiply next, zero after a breakdown.
+    previous : V or None
+        The one before it, None at first. Where that may be no None, any vector will do.
+    beta : Scalar
+        The last off-diagonal coefficient, which couples the two; zero at first.
+    magnitude : Scalar
+        The largest coefficient so far.
+    alive : Scalar
+        Boolean: whether the process has not broken down.
+    num_valid : Scalar
+        Steps taken alive, int32.
+    tolerance : Scalar
+        What a coefficient is compared with, relative to `magnitude`.
+    """
+
+    vector: V
+    previous: V | None
+    beta: Scalar
+    magnitude: Scalar
+    alive: Scalar
+    num_valid: Scalar
+    tolerance: Scalar
+
+
+def lanczos_start(start: V, *, space: InnerProductSpace[V]) -> LanczosState[V]:
+    """Return the state before the first step, in the dtypes of every later one."""
+    vector = normalized(start, space=space)
+    size = space.vdot(vector, vector)
+    zero = namespace(size).zeros_like(size)
+    return LanczosState(
+        vector=vector,
+        previous=None,
+        beta=zero,
+        magnitude=zero,
+        # Conditions are written so that NaN counts as alive: it must show in the result.
+        alive=size != 0,
+        num_valid=counter(size),
+        tolerance=BREAKDOWN * rounding_unit(vector, space=space),
+    )
+
+
+def lanczos_step(
+    hvp: HessianVectorProduct[V],
+    state: LanczosState[V],
+    remove_all: Callable[[V], V] | None,
+    *,
+    space: InnerProductSpace[V],
+) -> tuple[LanczosState[V], Scalar]:
+    """Take one step, for adapters that compile and loop in a way of their own.
+
+    Parameters
+    ----------
+    hvp : HessianVectorProduct
+        The operator.
+    state : LanczosState
+        From `lanczos_start` or the last step.
+    remove_all : callable or None
+        ``x -> x`` less its projection on all vectors up to ``state.vector``, which the caller
+        keeps; None without reorthogonalisation.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    state : LanczosState
+        Its `beta` is the new off-diagonal coefficient.
+    alpha : Scalar
+        The new diagonal coefficient.
+    """
+    xp = namespace(state.beta)
+    vector, zero = state.vector, xp.zeros_like(state.beta)
+    tiny = zero + float(xp.finfo(zero.dtype).smallest_normal)
+    rest = hvp(vector)
+    if state.previous is not None:
+        rest = space.add_scale(rest, -state.beta, state.previous)
+    alpha = xp.where(state.alive, space.vdot(vector, rest), zero)
+    rest = space.add_scale(rest, -alpha, vector)
+    alive = state.alive
+    if remove_all is None:
+        beta = norm(rest, space=space)
+    else:
+        rest, beta, collapsed = remainder(rest, remove_all, space=space)
+        alive = alive & ~collapsed
+    magnitude = xp.maximum(state.magnitude, xp.maximum(xp.abs(alpha), beta))
+    alive = alive & ~(beta <= xp.maximum(state.tolerance * magnitude, tiny))
+    beta = xp.where(alive, beta, zero)
+    following = LanczosState(
+        vector=space.scale(safe_reciprocal(beta), rest),
+        previous=vector,
+        beta=beta,
+        magnitude=magnitude,
+        alive=alive,
+        num_valid=increment(state.num_valid, state.alive),
+        tolerance=state.tolerance,
+    )
+    return following, alpha

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from cdat_core import _validation
 from cdat_core._arrays import counter, namespace, safe_reciprocal
@@ -36,7 +37,11 @@ class TraceEstimate(NamedTuple):
 
 
 def hutchinson_trace(
-    hvp: HessianVectorProduct[V], probes: Sequence[V], *, space: InnerProductSpace[V]
+    hvp: HessianVectorProduct[V],
+    probes: Sequence[V],
+    *,
+    space: InnerProductSpace[V],
+    over: Callable[..., Iterable[Any]] = map,
 ) -> TraceEstimate:
     """Estimate the trace of H as the mean of ``<z, H z>`` over random probes z.
 
@@ -50,6 +55,9 @@ def hutchinson_trace(
         with Gaussians it is ``2 * |H|_F**2``.
     space : InnerProductSpace
         The inner product of the vectors.
+    over : callable, optional
+        What applies a function to each of several vectors, called as `map`; for adapters that
+        compile, whose loop is not one of Python.
 
     Returns
     -------
@@ -77,7 +85,7 @@ def hutchinson_trace(
     (7.0, 2.0, 2)
     """
     probes = checked_probes(probes, at_least=1)
-    samples = [space.vdot(z, hvp(z)) for z in probes]
+    samples = list(over(lambda z: space.vdot(z, hvp(z)), probes))
     estimate, standard_error = _mean(samples)
     return TraceEstimate(estimate, standard_error, counter(estimate) + len(probes))
 
@@ -88,6 +96,7 @@ def hutchpp_trace(
     *,
     num_sketch: int | None = None,
     space: InnerProductSpace[V],
+    over: Callable[..., Iterable[Any]] = map,
 ) -> TraceEstimate:
     """Estimate the trace of H by Hutch++: exactly on a sketched subspace, by probes outside it.
 
@@ -108,6 +117,9 @@ def hutchpp_trace(
         many vectors are kept in memory.
     space : InnerProductSpace
         The inner product of the vectors.
+    over : callable, optional
+        What applies a function to each of several vectors, called as `map`; for adapters that
+        compile, whose loop is not one of Python.
 
     Returns
     -------
@@ -145,12 +157,15 @@ def hutchpp_trace(
             f"got num_sketch={num_sketch} and {len(probes)} probes"
         )
         raise ValueError(msg)
-    basis = _range_basis([hvp(z) for z in probes[:num_sketch]], space)
-    inside = [space.vdot(q, hvp(q)) for q in basis]
-    samples = []
-    for z in probes[num_sketch:]:
-        y = remove(z, basis, space=space)
-        samples.append(space.vdot(y, hvp(y)))
+    basis = _range_basis(list(over(hvp, probes[:num_sketch])), space)
+
+    def quadratic_form(v: V) -> Scalar:
+        return space.vdot(v, hvp(v))
+
+    inside = over(quadratic_form, basis)
+    samples = list(
+        over(lambda z: quadratic_form(remove(z, basis, space=space)), probes[num_sketch:])
+    )
     outside, standard_error = _mean(samples)
     estimate = outside
     for part in inside:
@@ -163,7 +178,9 @@ def _range_basis(products: list[V], space: InnerProductSpace[V]) -> list[V]:
     basis: list[V] = []
     for product in products:
         before = norm(product, space=space)
-        rest, length, collapsed = remainder(product, basis, space=space)
+        rest, length, collapsed = remainder(
+            product, partial(remove, basis=basis, space=space), space=space
+        )
         xp = namespace(length)
         floor = DEPENDENT * float(xp.finfo(length.dtype).eps) * before
         dropped = collapsed | (length <= floor)

@@ -13,13 +13,14 @@ from cdat_jax.preconditioner import adam_inverse_sqrt
 from cdat_jax.spaces import TreeSpace
 from cdat_jax.spectrum import sharpness, spectral_density, top_eigenvalues, trace
 from cdat_jax.transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
-from cdat_jax.wrapper import CDATState, cdat
+from cdat_jax.wrapper import CDATState, TunedState, cdat, tuned
 
 __all__ = [
     "CDATState",
     "CompositeLoss",
     "ScaleByTunerState",
     "TreeSpace",
+    "TunedState",
     "TunerInfo",
     "adam_inverse_sqrt",
     "cdat",
@@ -31,6 +32,7 @@ __all__ = [
     "spectral_density",
     "top_eigenvalues",
     "trace",
+    "tuned",
 ]
 
 del _jax, _optax

@@ -82,13 +82,11 @@ def adam_inverse_sqrt(
 
 
 def inverse_square_root(inverse_sqrt: Preconditioner | None) -> Callable[[PyTree], PyTree] | Any:
-    """Return what `cdat_core.preconditioned` takes; None for no preconditioner."""
+    """Return what `cdat_core.preconditioned` takes, as a pytree; None for no preconditioner."""
     if callable(inverse_sqrt):
-
-        def apply(v: PyTree) -> PyTree:
-            return tangent_like(v, inverse_sqrt(v), name="inverse_sqrt(v)")
-
-        return apply
+        if not isinstance(inverse_sqrt, jax.tree_util.Partial):
+            inverse_sqrt = jax.tree_util.Partial(inverse_sqrt)  # type: ignore[no-untyped-call]
+        return jax.tree_util.Partial(_apply, inverse_sqrt)  # type: ignore[no-untyped-call]
     if isinstance(inverse_sqrt, tuple | list | dict):
         msg = (
             "inverse_sqrt must be a callable or a number, "
@@ -97,6 +95,10 @@ def inverse_square_root(inverse_sqrt: Preconditioner | None) -> Callable[[PyTree
         )
         raise TypeError(msg)
     return None if inverse_sqrt is None else _validation.positive("inverse_sqrt", inverse_sqrt)
+
+
+def _apply(inverse_sqrt: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+    return tangent_like(v, inverse_sqrt(v), name="inverse_sqrt(v)")
 
 
 def _only_adam(state: Any) -> optax.ScaleByAdamState:

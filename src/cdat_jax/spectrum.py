@@ -1,8 +1,6 @@
 """The spectrum of the Hessian of a JAX objective, in one call.
 
-The estimators are those of `cdat_core`, and run step by step from Python; what is compiled is each
-product with the Hessian and each operation on vectors. Their loops are unrolled, and compiled as a
-whole they would take minutes where the product takes a second.
+The estimators are those of `cdat_core`, compiled as a whole; their loops are loops of XLA.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 
 import cdat_core
 from cdat_core import _validation
+from cdat_jax import loops
 from cdat_jax.curvature import check_like, hessian_product, linearized_gradient, tangent_like
 from cdat_jax.preconditioner import Preconditioner, inverse_square_root
 from cdat_jax.probes import random_signs, warm_start
@@ -60,7 +59,9 @@ def sharpness(
         default random signs.
     inverse_sqrt : callable or number, optional
         P^-1/2 for the sharpness of ``P^-1/2 H P^-1/2``: a linear symmetric map of pytrees or a
-        multiple of the identity. That of an Adam is ``adam_inverse_sqrt(state)``.
+        multiple of the identity. That of an Adam is ``adam_inverse_sqrt(state)``. A function is
+        compiled like `value_fn`; ``jax.tree_util.Partial(function, arrays)`` hands its arrays over
+        as arguments.
     key : jax.Array, optional
         A JAX random key for the random vectors; by default ``jax.random.key(0)``.
 
@@ -73,12 +74,6 @@ def sharpness(
     ------
     TypeError, ValueError
         If an argument is not of the kind described.
-
-    Notes
-    -----
-    This can be called inside ``jax.jit``, but then the whole loop is unrolled into one program,
-    whose time of compilation grows with the square of `num_matvecs`: take at most about 5, with a
-    warm start. From outside only the product with the Hessian is compiled, once.
 
     Examples
     --------
@@ -171,10 +166,11 @@ def top_eigenvalues(
         vector = tangent_like(params, start, name="start")
     else:
         vector = random_signs(params, 1, key)[0]
-    product = _operator(value_fn, params, args, kwargs, inverse_sqrt)
-    return cdat_core.top_eigenvalues(
-        product, vector, k=k, num_matvecs=num_matvecs, space=_CompiledSpace(), which=which
+    options = {"k": k, "num_matvecs": num_matvecs, "which": which, "process": loops.lanczos}
+    found: cdat_core.TopEigenvalues[PyTree] = _estimated(
+        cdat_core.top_eigenvalues, options, vector, value_fn, params, args, kwargs, inverse_sqrt
     )
+    return found
 
 
 def spectral_density(
@@ -233,13 +229,17 @@ def spectral_density(
     params = _floating(params)
     _validation.count("num_probes", num_probes)
     _validation.count("num_matvecs", num_matvecs)
-    return cdat_core.spectral_density(
-        _operator(value_fn, params, args, kwargs, inverse_sqrt),
-        random_signs(params, num_probes, key),
-        num_matvecs=num_matvecs,
-        space=_CompiledSpace(),
-        reorthogonalize=reorthogonalize,
+    options = {
+        "num_matvecs": num_matvecs,
+        "reorthogonalize": bool(reorthogonalize),
+        "process": loops.lanczos,
+        "over": loops.over,
+    }
+    probes = random_signs(params, num_probes, key)
+    found: cdat_core.SpectralDensity = _estimated(
+        cdat_core.spectral_density, options, probes, value_fn, params, args, kwargs, inverse_sqrt
     )
+    return found
 
 
 def trace(
@@ -299,47 +299,24 @@ def trace(
     sketches = method == "hutch++"
     _validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
     estimator = cdat_core.hutchpp_trace if sketches else cdat_core.hutchinson_trace
-    product = _operator(value_fn, params, args, kwargs, inverse_sqrt)
-    return estimator(product, random_signs(params, num_probes, key), space=_CompiledSpace())
+    probes = random_signs(params, num_probes, key)
+    found: cdat_core.TraceEstimate = _estimated(
+        estimator, {"over": loops.over}, probes, value_fn, params, args, kwargs, inverse_sqrt
+    )
+    return found
 
 
-class _CompiledSpace(TreeSpace):
-    """Pytrees of arrays, with one dispatch for each operation however many leaves there are."""
-
-    def vdot(self, x: PyTree, y: PyTree) -> jax.Array:
-        total: jax.Array = _vdot(x, y)
-        return total
-
-    def scale(self, a: Any, x: PyTree) -> PyTree:
-        return _scale(a, x)
-
-    def add_scale(self, x: PyTree, a: Any, y: PyTree) -> PyTree:
-        return _add_scale(x, a, y)
-
-
-_vdot = jax.jit(TreeSpace().vdot)
-_scale = jax.jit(TreeSpace().scale)
-_add_scale = jax.jit(TreeSpace().add_scale)
-_product = jax.jit(hessian_product)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _linearized(
-    value_fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[PyTree], PyTree]:
-    """Return the linearised gradient, a pytree of what its products need."""
-    return linearized_gradient(lambda p: value_fn(p, *args, **kwargs), params)
-
-
-def _operator(
+def _estimated(
+    estimator: Callable[..., Any],
+    options: dict[str, Any],
+    vectors: Any,
     value_fn: Callable[..., Any],
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inverse_sqrt: Preconditioner | None,
-) -> cdat_core.HessianVectorProduct[PyTree]:
-    """Return the (preconditioned) Hessian at `params`."""
-    apply = inverse_square_root(inverse_sqrt)
+) -> Any:
+    """Call an estimator of the core with the (preconditioned) Hessian at `params`."""
     try:
         hash(value_fn)
     except TypeError as error:
@@ -348,10 +325,29 @@ def _operator(
             "write a function and pass its arrays as arguments"
         )
         raise TypeError(msg) from error
-    product = functools.partial(_product, _linearized(value_fn, params, args, kwargs))
-    if apply is None:
-        return product
-    return cdat_core.preconditioned(product, apply, space=_CompiledSpace())
+    apply = inverse_square_root(inverse_sqrt)
+    return _compiled(
+        estimator, tuple(options.items()), value_fn, vectors, params, args, kwargs, apply
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compiled(
+    estimator: Callable[..., Any],
+    options: tuple[tuple[str, Any], ...],
+    value_fn: Callable[..., Any],
+    vectors: Any,
+    params: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    apply: Callable[[PyTree], PyTree] | jax.Array | None,
+) -> Any:
+    space = TreeSpace()
+    linear = linearized_gradient(lambda p: value_fn(p, *args, **kwargs), params)
+    product: Any = functools.partial(hessian_product, linear)
+    if apply is not None:
+        product = cdat_core.preconditioned(product, apply, space=space)
+    return estimator(product, vectors, space=space, **dict(options))
 
 
 def _floating(params: PyTree) -> PyTree:

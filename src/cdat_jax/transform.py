@@ -17,6 +17,7 @@ from cdat_core.tuners import Tuner
 from cdat_jax.curvature import check_method, measure
 from cdat_jax.slope import value_and_slope
 from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+from cdat_jax.tracking import SharpnessTracker
 
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not "
@@ -34,13 +35,16 @@ class TunerInfo(NamedTuple):
     curvature : jax.Array or None
         Directional curvature when it was last measured; None if the tuner does not need it.
     skipped : jax.Array
-        Steps skipped because value, gradient or curvature was not finite, int32.
+        Steps skipped because value, gradient, curvature or sharpness was not finite, int32.
+    sharpness : jax.Array or None
+        The sharpness when it was last measured; None if the tuner does not need it.
     """
 
     value: jax.Array
     slope: jax.Array
     curvature: jax.Array | None
     skipped: jax.Array
+    sharpness: jax.Array | None = None
 
 
 class ScaleByTunerState(NamedTuple):
@@ -56,16 +60,24 @@ class ScaleByTunerState(NamedTuple):
         The last measurement.
     until_refresh : jax.Array
         Steps for which the present rate still holds (see `every`), int32.
+    sharpness_vector : pytree or None
+        The eigenvector of the last sharpness, like the parameters, where the next measurement
+        begins; zeros at first, None if the tuner does not need the sharpness.
     """
 
     learning_rate: jax.Array
     tuner_state: Any
     info: TunerInfo
     until_refresh: jax.Array
+    sharpness_vector: PyTree | None = None
 
 
 def scale_by_tuner(
-    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str = "auto", every: int = 1
+    tuner_or_search: Tuner[Any] | LineSearch,
+    *,
+    curvature: str = "auto",
+    every: int = 1,
+    sharpness_matvecs: int = 8,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by a tuned learning rate.
 
@@ -82,20 +94,25 @@ def scale_by_tuner(
     the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments
     that it names (all of them if it accepts ``**kwargs``).
 
-    If value, gradient or curvature is not finite the updates are zero, the tuner's averages stay,
-    and ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
-    bad gradient; `cdat` protects their state too.
+    If something measured is not finite the updates are zero, the tuner's averages stay, and
+    ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
+    bad gradient; `tuned` and `cdat` protect their state too.
 
     Parameters
     ----------
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
-        The rule for the rate. A line search evaluates `value_fn` in a ``lax.while_loop``, with its
-        derivative along the updates if the search asks for the slope of a trial.
+        The rule for the rate. The sharpness, for a tuner that needs it, is the largest eigenvalue
+        of the Hessian in all of `params`; `tuned` also has that under a preconditioner. A line
+        search evaluates `value_fn` in a ``lax.while_loop``, with its derivative along the updates
+        if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `measure`.
     every : int
-        Measure the curvature every so many steps and hold the rate in between; after a skipped step
-        it is measured at once. Steps without a measurement pay nothing for it.
+        Measure curvature and sharpness every so many steps and hold the rate in between; after a
+        skipped step they are measured at once. Steps without a measurement pay nothing for it.
+    sharpness_matvecs : int
+        Hessian-vector products for a sharpness, from the last eigenvector; at first at least 20
+        from random signs. As many vectors like `params` are in memory meanwhile.
 
     Returns
     -------
@@ -123,14 +140,27 @@ def scale_by_tuner(
     >>> [float(x) for x in optax.apply_updates(params, updates)]
     [3.0, 3.0]
     """
+    init, rescale = scaling(
+        tuner_or_search, curvature=curvature, every=every, sharpness_matvecs=sharpness_matvecs
+    )
+    update = functools.partial(rescale, None)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scaling(
+    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str, every: int, sharpness_matvecs: int
+) -> tuple[Callable[[PyTree], ScaleByTunerState], Callable[..., tuple[PyTree, ScaleByTunerState]]]:
+    """Return `init` and `update` of `scale_by_tuner`; `update` takes P^-1/2 or None first."""
     check_method(curvature)
     every = _validation.count("every", every)
+    tracker, measures = None, False
     if isinstance(tuner_or_search, Tuner):
-        decide = _tuner_decision(tuner_or_search, curvature, every)
+        if "sharpness" in tuner_or_search.needs:
+            tracker = SharpnessTracker(curvature=curvature, num_matvecs=sharpness_matvecs)
         measures = "curvature" in tuner_or_search.needs
+        decide = _tuner_decision(tuner_or_search, curvature, every, tracker)
     elif isinstance(tuner_or_search, LineSearch):
         decide = _search_decision(tuner_or_search)
-        measures = False
     else:
         msg = (
             "tuner_or_search must be a cdat_core Tuner or LineSearch, "
@@ -145,10 +175,13 @@ def scale_by_tuner(
             tuner_state = tuner_or_search.init(zero)
         else:
             tuner_state = tuner_or_search.init(Measurement(zero, zero, None), zero)
-        info = TunerInfo(zero, zero, zero if measures else None, none_yet)
-        return _unshared(ScaleByTunerState(zero, tuner_state, info, none_yet))
+        unmeasured = (zero if measures else None, none_yet, None if tracker is None else zero)
+        info = TunerInfo(zero, zero, *unmeasured)
+        vector = None if tracker is None else tracker.init(params)
+        return _unshared(ScaleByTunerState(zero, tuner_state, info, none_yet, vector))
 
     def update(
+        apply: Callable[[PyTree], PyTree] | Any,
         updates: PyTree,
         state: ScaleByTunerState,
         params: PyTree | None = None,
@@ -168,7 +201,7 @@ def scale_by_tuner(
         # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
         slope = TreeSpace().vdot(jax.tree.map(jnp.conj, grad), updates).astype(dtype)
         objective = _bind(value_fn, extra_args)
-        new_state, skip = decide(state, params, updates, value, slope, objective)
+        new_state, skip = decide(state, params, updates, value, slope, objective, apply)
 
         def scaled(u: Any) -> jax.Array:
             step = (new_state.learning_rate * u).astype(jnp.asarray(u).dtype)
@@ -176,7 +209,7 @@ def scale_by_tuner(
 
         return jax.tree.map(scaled, updates), _unshared(new_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return init, update
 
 
 def scale_by_cdat(
@@ -241,12 +274,11 @@ Decision = tuple[ScaleByTunerState, jax.Array]
 Decide = Callable[..., Decision]
 
 
-def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
+def _tuner_decision(
+    tuner: Tuner[Any], curvature: str, every: int, tracker: SharpnessTracker | None
+) -> Decide:
     """Return the function that asks a tuner for the rate, measuring every so many steps."""
-    measures = "curvature" in tuner.needs
-    if "sharpness" in tuner.needs:
-        msg = "tuner_or_search must not need Measurement.sharpness: it is not measured here yet"
-        raise ValueError(msg)
+    needs_curvature = "curvature" in tuner.needs
 
     def decide(
         state: ScaleByTunerState,
@@ -255,32 +287,44 @@ def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
         value: jax.Array,
         slope: jax.Array,
         objective: Callable[[PyTree], Any],
+        apply: Callable[[PyTree], PyTree] | Any,
     ) -> Decision:
-        def refresh() -> tuple[jax.Array, Any, jax.Array | None]:
-            second = None
-            if measures:
+        def refresh() -> tuple[jax.Array, Any, Measurement, PyTree | None]:
+            second = largest = vector = None
+            if needs_curvature:
                 model = measure(objective, params, direction, curvature=curvature)
                 second = jnp.asarray(model.curvature, dtype=slope.dtype)
-            rate, tuner_state = tuner.update(Measurement(value, slope, second), state.tuner_state)
-            return rate, tuner_state, second
+            if tracker is not None:
+                found = tracker.measure(objective, params, state.sharpness_vector, apply)
+                largest, vector = found[0].astype(slope.dtype), found[1]
+            measurement = Measurement(value, slope, second, largest)
+            rate, tuner_state = tuner.update(measurement, state.tuner_state)
+            if largest is not None:
+                good = jnp.isfinite(largest) & (tuner_state.skipped == state.tuner_state.skipped)
+                vector = jax.tree.map(
+                    lambda new, old: jnp.where(good, new, old), vector, state.sharpness_vector
+                )
+            return rate, tuner_state, measurement, vector
 
-        def hold() -> tuple[jax.Array, Any, jax.Array | None]:
+        def hold() -> tuple[jax.Array, Any, Measurement, PyTree | None]:
             finite = jnp.isfinite(value) & jnp.isfinite(slope)
             skipped = state.tuner_state.skipped + ~finite
             rate = jnp.where(finite, state.learning_rate, 0)
-            return rate, state.tuner_state._replace(skipped=skipped), state.info.curvature
+            last = Measurement(value, slope, state.info.curvature, state.info.sharpness)
+            tuner_state = state.tuner_state._replace(skipped=skipped)
+            return rate, tuner_state, last, state.sharpness_vector
 
-        if measures and every > 1:
+        if every > 1 and (needs_curvature or tracker is not None):
             due = state.until_refresh == 0
-            rate, tuner_state, second = jax.lax.cond(due, refresh, hold)
+            rate, tuner_state, measured, vector = jax.lax.cond(due, refresh, hold)
             remaining = jnp.where(due, every - 1, state.until_refresh - 1)
         else:
-            rate, tuner_state, second = refresh()
+            rate, tuner_state, measured, vector = refresh()
             remaining = state.until_refresh
         skip = tuner_state.skipped > state.tuner_state.skipped
-        info = TunerInfo(value, slope, second, tuner_state.skipped)
+        info = TunerInfo(value, slope, measured.curvature, tuner_state.skipped, measured.sharpness)
         remaining = jnp.where(skip, 0, remaining)  # the held rate was lost: measure at once
-        return ScaleByTunerState(rate, tuner_state, info, remaining), skip
+        return ScaleByTunerState(rate, tuner_state, info, remaining, vector), skip
 
     return decide
 
@@ -295,7 +339,9 @@ def _search_decision(search: LineSearch) -> Decide:
         value: jax.Array,
         slope: jax.Array,
         objective: Callable[[PyTree], Any],
+        apply: Callable[[PyTree], PyTree] | Any,
     ) -> Decision:
+        del apply
         space, dtype = TreeSpace(), state.learning_rate.dtype
 
         def tell(trial: Any) -> Any:

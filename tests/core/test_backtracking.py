@@ -127,6 +127,8 @@ def test_first_guess_grows_from_the_step_before(scalar):
     # What is no accepted step falls back on the first guess.
     assert [guess(x) for x in (0.0, -1.0, math.nan, math.inf)] == [3.0, 3.0, 3.0, 3.0]
     assert float(search.init(start, scalar(0.0)).step_size) == 3.0
+    search = linesearch.backtracking(initial_step_size=3.0, increase_factor=None)
+    assert guess(0.5) == 3.0
 
 
 @pytest.mark.parametrize("previous", [None, 0.5, 4.0])

@@ -363,6 +363,7 @@ def test_first_guess_comes_from_the_step_before(scalar):
 
     assert guess(search, 0.5) == 1.0
     assert guess(linesearch.zoom(), 0.5) == 0.5
+    assert guess(linesearch.zoom(initial_step_size=3.0, increase_factor=None), 0.5) == 3.0
     # What is no accepted step falls back on the first guess.
     assert [guess(search, x) for x in (0.0, -1.0, math.nan, math.inf)] == [3.0, 3.0, 3.0, 3.0]
 

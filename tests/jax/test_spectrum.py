@@ -264,7 +264,35 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_inside_jit_it_is_the_same_number(problem):
+@every_door
+def test_inside_jit_it_is_the_same_number(problem, door):
+    params, data, _ = problem
+    compiled = jax.jit(lambda params, data: door(network_loss, params, *data))(params, data)
+    outside = door(network_loss, params, *data)
+    for x, y in zip(jax.tree.leaves(compiled), jax.tree.leaves(outside), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("door", "number"),
+    [
+        (sharpness, "num_matvecs"),
+        (spectral_density, "num_matvecs"),
+        (spectral_density, "num_probes"),
+        (trace, "num_probes"),
+    ],
+)
+def test_the_hessian_is_compiled_once_however_many_products(problem, door, number):
+    params, data, _ = problem
+
+    def products(count):
+        inside = jax.jit(lambda p, d: door(network_loss, p, *d, **{number: count}))
+        return inside.lower(params, data).as_text().count("dot_general")
+
+    assert products(3) == products(20) > 0
+
+
+def test_inside_jit_with_an_adam_and_a_warm_start(problem):
     params, data, _ = problem
     _, state, _ = adam_like(optax.adam(1e-2), params, data, steps=2)
     start = top_eigenvalues(network_loss, params, *data, num_matvecs=3)

@@ -63,8 +63,9 @@ def backtracking(
         First guess where no step was accepted before, > 0.
     decrease_factor : float
         Factor from one trial to the next, in (0, 1).
-    increase_factor : float
-        Growth of the first guess from one training step to the next, >= 1.
+    increase_factor : float or None
+        Growth of the first guess from one training step to the next, >= 1. None begins each search
+        at `initial_step_size`.
     sufficient_decrease : float
         The Armijo constant, in (0, 1).
     value_rtol : float, optional
@@ -104,7 +105,8 @@ def backtracking(
     """
     initial_step_size = _validation.positive("initial_step_size", initial_step_size)
     decrease_factor = _validation.open_fraction("decrease_factor", decrease_factor)
-    increase_factor = _validation.at_least_one("increase_factor", increase_factor)
+    if increase_factor is not None:
+        increase_factor = _validation.at_least_one("increase_factor", increase_factor)
     sufficient_decrease = _validation.open_fraction("sufficient_decrease", sufficient_decrease)
     if value_rtol is not None:
         value_rtol = _validation.nonnegative("value_rtol", value_rtol)
@@ -123,7 +125,7 @@ def backtracking(
         zero = xp.zeros_like(like)
         value, slope = zero + cast(measurement.value, like), zero + cast(measurement.slope, like)
         guess = filled(like, initial_step_size)
-        if previous_step_size is not None:
+        if previous_step_size is not None and increase_factor is not None:
             previous = zero + cast(previous_step_size, like)
             grown = cast(increase_factor, like) * previous
             guess = xp.where((previous > 0) & xp.isfinite(grown), grown, guess)

@@ -99,8 +99,9 @@ def zoom(
     ----------
     initial_step_size : float
         First guess where no step was accepted before, > 0.
-    increase_factor : float
-        Factor from the last accepted step to the first guess, > 0.
+    increase_factor : float or None
+        Factor from the last accepted step to the first guess, > 0. None begins each search at
+        `initial_step_size`: right for the directions of quasi-Newton methods, whose own step is 1.
     sufficient_decrease : float
         The Armijo constant, in (0, 1).
     curvature_condition : float
@@ -144,7 +145,8 @@ def zoom(
     (False, 2, True)
     """
     initial_step_size = _validation.positive("initial_step_size", initial_step_size)
-    increase_factor = _validation.positive("increase_factor", increase_factor)
+    if increase_factor is not None:
+        increase_factor = _validation.positive("increase_factor", increase_factor)
     sufficient_decrease = _validation.open_fraction("sufficient_decrease", sufficient_decrease)
     curvature_condition = _validation.open_fraction("curvature_condition", curvature_condition)
     known = (sufficient_decrease, curvature_condition)
@@ -171,7 +173,7 @@ def zoom(
             raise ValueError(msg)
         xp = namespace(like)
         guess = filled(like, initial_step_size)
-        if previous_step_size is not None:
+        if previous_step_size is not None and increase_factor is not None:
             grown = cast(increase_factor, like) * filled(like, previous_step_size)
             guess = xp.where((grown > 0) & xp.isfinite(grown), grown, guess)
         value, slope = filled(like, measurement.value), filled(like, measurement.slope)
