@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 import cdat_core
 from cdat_jax.composite import split
-from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 
-Objective = Callable[[PyTree], jax.Array]
+Objective = Callable[[PyTree], Any]
 
 METHODS = ("auto", "forward", "hvp", "gauss_newton", "finite_difference")
 
@@ -41,9 +41,9 @@ def measure(
     Parameters
     ----------
     value_fn : callable
-        ``params -> loss``, a scalar.
+        ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params : pytree
-        The point w.
+        The point w; floating or complex arrays.
     direction : pytree
         The update direction u, shaped like `params`; cast to the dtypes of `params`.
     curvature : str
@@ -63,8 +63,8 @@ def measure(
     ValueError
         If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
     TypeError
-        If `curvature` is "gauss_newton" and `value_fn` is not a `CompositeLoss`, or a
-        ``functools.partial`` of one.
+        If `params` holds integers, or if `curvature` is "gauss_newton" and `value_fn` is not a
+        `CompositeLoss`, or a ``functools.partial`` of one.
 
     Examples
     --------
@@ -75,6 +75,7 @@ def measure(
     [9.0, 12.0, 12.0]
     """
     check_method(curvature)
+    check_inexact(params)
     dtype = scalar_dtype(params)
     direction = tangent_like(params, direction)
     if curvature == "gauss_newton":
@@ -92,14 +93,21 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     Parameters
     ----------
     value_fn : callable
-        ``params -> loss``, a scalar.
+        ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params : pytree
-        The point at which the Hessian is taken.
+        The point at which the Hessian is taken; floating or complex arrays.
 
     Returns
     -------
     cdat_core.HessianVectorProduct
         ``v -> H v`` on pytrees like `params`.
+
+    Raises
+    ------
+    ValueError
+        If `value_fn` does not return a scalar.
+    TypeError
+        If `params` holds integers.
 
     Examples
     --------
@@ -109,6 +117,7 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     >>> [float(x) for x in product(jnp.array([1.0, 1.0]))]
     [6.0, 12.0]
     """
+    check_inexact(params)
     linear = linearized_gradient(value_fn, params)
 
     def checked(v: PyTree, /) -> PyTree:
@@ -129,11 +138,19 @@ def hessian_product(linear: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
     return jax.tree.map(jnp.conj, linear(v))
 
 
-def require_scalar(value_fn: Objective, name: str = "value_fn") -> Objective:
-    """Return `value_fn` with a ValueError where it returns anything but a scalar."""
+def require_scalar(value_fn: Objective, name: str = "value_fn") -> Callable[[PyTree], jax.Array]:
+    """Return the loss of `value_fn` alone, with a ValueError where it is anything but a scalar.
+
+    A pair is a loss with auxiliary outputs, as in ``jax.value_and_grad(..., has_aux=True)``.
+    """
 
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
+        if isinstance(value, tuple) and len(value) == 2:
+            value, _ = value
+        if isinstance(value, tuple | list | dict):
+            msg = f"{name} must return a scalar or (scalar, aux), got {type(value).__name__}"
+            raise ValueError(msg)
         if jnp.shape(value) != ():
             msg = f"{name} must return a scalar, got shape {jnp.shape(value)}; reduce it first"
             raise ValueError(msg)

@@ -14,9 +14,9 @@ import optax
 from cdat_core import Measurement, _validation, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_jax.curvature import check_method, measure
+from cdat_jax.curvature import check_like, check_method, measure, require_scalar
 from cdat_jax.slope import value_and_slope
-from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not "
@@ -65,7 +65,7 @@ class ScaleByTunerState(NamedTuple):
 
 
 def scale_by_tuner(
-    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str = "auto", every: int = 1
+    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str = "auto", every: Any = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by a tuned learning rate.
 
@@ -80,7 +80,8 @@ def scale_by_tuner(
 
     `value` and `grad` are the loss and its raw gradient at `params`; `value_fn` is the same loss on
     the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments
-    that it names (all of them if it accepts ``**kwargs``).
+    that it names (all of them if it accepts ``**kwargs``). It may return ``(loss, aux)``; `value`
+    is then the loss alone.
 
     If value, gradient or curvature is not finite the updates are zero, the tuner's averages stay,
     and ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
@@ -93,9 +94,10 @@ def scale_by_tuner(
         derivative along the updates if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `measure`.
-    every : int
+    every : int or jax.Array
         Measure the curvature every so many steps and hold the rate in between; after a skipped step
-        it is measured at once. Steps without a measurement pay nothing for it.
+        it is measured at once. Steps without a measurement pay nothing for it, except under
+        ``jax.vmap``, which computes both branches of a condition.
 
     Returns
     -------
@@ -124,7 +126,7 @@ def scale_by_tuner(
     [3.0, 3.0]
     """
     check_method(curvature)
-    every = _validation.count("every", every)
+    every = _period(every)
     if isinstance(tuner_or_search, Tuner):
         decide = _tuner_decision(tuner_or_search, curvature, every)
         measures = "curvature" in tuner_or_search.needs
@@ -139,6 +141,7 @@ def scale_by_tuner(
         raise TypeError(msg)
 
     def init(params: PyTree) -> ScaleByTunerState:
+        check_inexact(params)
         zero = jnp.zeros((), dtype=scalar_dtype(params))
         none_yet = jnp.zeros((), dtype=jnp.int32)
         if isinstance(tuner_or_search, Tuner):
@@ -160,9 +163,7 @@ def scale_by_tuner(
     ) -> tuple[PyTree, ScaleByTunerState]:
         if params is None:
             raise ValueError(_NO_PARAMS)
-        if jnp.shape(value) != ():
-            msg = f"value must be a scalar, got shape {jnp.shape(value)}"
-            raise ValueError(msg)
+        _check_arguments(params, updates, grad, value)
         dtype = state.learning_rate.dtype
         value = jnp.asarray(value, dtype=dtype)
         # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
@@ -188,7 +189,7 @@ def scale_by_cdat(
     max_growth: Any = None,
     max_learning_rate: Any = None,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by the CDAT rate: `scale_by_tuner` with `cdat_core.tuners.cdat`.
 
@@ -220,6 +221,43 @@ def scale_by_cdat(
     return scale_by_tuner(tuner, curvature=curvature, every=every)
 
 
+def _period(every: Any) -> Any:
+    """Return `every`, checked if it is a Python number; an array is a traced hyperparameter."""
+    if isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer):
+        return every
+    return _validation.count("every", every)
+
+
+def _check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:
+    """Raise a ValueError unless the arguments of an update belong together."""
+    if isinstance(value, tuple | list | dict):
+        msg = (
+            f"value must be a scalar, got a {type(value).__name__}; "
+            "of a loss with auxiliary outputs pass the loss alone"
+        )
+        raise ValueError(msg)
+    if jnp.shape(value) != ():
+        msg = f"value must be a scalar, got shape {jnp.shape(value)}"
+        raise ValueError(msg)
+    try:
+        check_like(params, updates, name="updates")
+        check_like(params, grad, name="grad")
+    except ValueError as error:
+        nodes = jax.tree.leaves(params, is_leaf=_is_masked)
+        if not any(map(_is_masked, nodes)):
+            raise
+        msg = (
+            "params must be all parameters of value_fn, got a part of them: under optax.masked or "
+            "optax.multi_transform only the base sees what it should; write "
+            "optax.chain(optax.multi_transform(...), scale_by_tuner(...))"
+        )
+        raise ValueError(msg) from error
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
 def _bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
     """Fix those extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
     parameters = inspect.signature(value_fn).parameters.values()
@@ -241,7 +279,7 @@ Decision = tuple[ScaleByTunerState, jax.Array]
 Decide = Callable[..., Decision]
 
 
-def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
+def _tuner_decision(tuner: Tuner[Any], curvature: str, every: Any) -> Decide:
     """Return the function that asks a tuner for the rate, measuring every so many steps."""
     measures = "curvature" in tuner.needs
     if "sharpness" in tuner.needs:
@@ -270,10 +308,10 @@ def _tuner_decision(tuner: Tuner[Any], curvature: str, every: int) -> Decide:
             rate = jnp.where(finite, state.learning_rate, 0)
             return rate, state.tuner_state._replace(skipped=skipped), state.info.curvature
 
-        if measures and every > 1:
-            due = state.until_refresh == 0
+        if measures and (isinstance(every, jax.Array) or every > 1):
+            due = state.until_refresh <= 0
             rate, tuner_state, second = jax.lax.cond(due, refresh, hold)
-            remaining = jnp.where(due, every - 1, state.until_refresh - 1)
+            remaining = jnp.where(due, jnp.int32(every), state.until_refresh) - 1
         else:
             rate, tuner_state, second = refresh()
             remaining = state.until_refresh
@@ -303,7 +341,7 @@ def _search_decision(search: LineSearch) -> Decide:
             told: tuple[Any, ...] = (
                 value_and_slope(objective, moved, direction)
                 if "slope" in search.trial_needs
-                else (objective(moved),)
+                else (require_scalar(objective)(moved),)
             )
             return search.tell(trial, *(jnp.asarray(number, dtype=dtype) for number in told))
 

@@ -43,7 +43,7 @@ def cdat(
     max_growth: Any = None,
     max_learning_rate: Any = None,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a base transformation with the CDAT learning rate.
 
