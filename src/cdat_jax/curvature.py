@@ -8,6 +8,7 @@ the model's outputs, along their derivative.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
+from cdat_jax.accumulation import micro_batches, over_micro_batches
 from cdat_jax.composite import split
 from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 
@@ -64,7 +66,7 @@ def measure(
         If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
     TypeError
         If `params` holds integers, or if `curvature` is "gauss_newton" and `value_fn` is not a
-        `CompositeLoss`, or a ``functools.partial`` of one.
+        `CompositeLoss`, one under `accumulate`, or a ``functools.partial`` of either.
 
     Examples
     --------
@@ -213,6 +215,15 @@ def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
 
 
 def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    accumulated = micro_batches(value_fn)
+    if accumulated:
+        on_one, stacked = accumulated
+        models = over_micro_batches(
+            lambda batch: _gauss_newton(functools.partial(on_one, **batch), params, direction),
+            stacked,
+        )
+        value, slope, curvature = (jnp.mean(numbers) for numbers in models)
+        return value, slope, curvature
     model_fn, loss_fn = split(value_fn)
     loss_fn = require_scalar(loss_fn, "loss_fn")
 

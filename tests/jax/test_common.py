@@ -70,15 +70,6 @@ def test_every_rule_and_every_line_search_is_here():
     assert public(linesearch, "LineSearch") == SEARCHES.keys()
 
 
-@pytest.fixture(scope="module")
-def debug_nans(strict_jax):
-    """JAX raises when a compiled function returns a NaN."""
-    before = jax.config.values["jax_debug_nans"]
-    jax.config.update("jax_debug_nans", True)
-    yield
-    jax.config.update("jax_debug_nans", before)
-
-
 class Run:
     """A transformation with its compiled step, made once for all tests."""
 

@@ -181,7 +181,7 @@ def test_a_gradient_that_is_not_finite_is_left_to_apply_if_finite():
 
 
 def test_multi_steps_measures_in_every_micro_step_and_accumulates_nothing_else():
-    """What its update pays for."""
+    """What its update pays for: the reason to use `accumulate` instead."""
     loss, params, batch = factors()
     seen = []
 
