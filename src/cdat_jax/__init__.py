@@ -7,6 +7,7 @@ except ImportError as error:
     msg = f'cdat_jax needs JAX and Optax ({error}); install them with: pip install "cdat[jax]"'
     raise ImportError(msg) from error
 
+from cdat_jax.accumulation import accumulate
 from cdat_jax.composite import CompositeLoss
 from cdat_jax.curvature import hvp, measure
 from cdat_jax.preconditioner import adam_inverse_sqrt
@@ -22,6 +23,7 @@ __all__ = [
     "TreeSpace",
     "TunedState",
     "TunerInfo",
+    "accumulate",
     "adam_inverse_sqrt",
     "cdat",
     "hvp",

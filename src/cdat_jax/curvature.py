@@ -8,6 +8,7 @@ the model's outputs, along their derivative.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
+from cdat_jax.accumulation import micro_batches, over_micro_batches
 from cdat_jax.composite import split
-from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 
-Objective = Callable[[PyTree], jax.Array]
+Objective = Callable[[PyTree], Any]
 
 METHODS = ("auto", "forward", "hvp", "gauss_newton", "finite_difference")
 
@@ -41,9 +43,9 @@ def measure(
     Parameters
     ----------
     value_fn : callable
-        ``params -> loss``, a scalar.
+        ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params : pytree
-        The point w.
+        The point w; floating or complex arrays.
     direction : pytree
         The update direction u, shaped like `params`; cast to the dtypes of `params`.
     curvature : str
@@ -63,8 +65,8 @@ def measure(
     ValueError
         If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
     TypeError
-        If `curvature` is "gauss_newton" and `value_fn` is not a `CompositeLoss`, or a
-        ``functools.partial`` of one.
+        If `params` holds integers, or if `curvature` is "gauss_newton" and `value_fn` is not a
+        `CompositeLoss`, one under `accumulate`, or a ``functools.partial`` of either.
 
     Examples
     --------
@@ -75,6 +77,7 @@ def measure(
     [9.0, 12.0, 12.0]
     """
     check_method(curvature)
+    check_inexact(params)
     dtype = scalar_dtype(params)
     direction = tangent_like(params, direction)
     if curvature == "gauss_newton":
@@ -92,14 +95,21 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     Parameters
     ----------
     value_fn : callable
-        ``params -> loss``, a scalar.
+        ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params : pytree
-        The point at which the Hessian is taken.
+        The point at which the Hessian is taken; floating or complex arrays.
 
     Returns
     -------
     cdat_core.HessianVectorProduct
         ``v -> H v`` on pytrees like `params`.
+
+    Raises
+    ------
+    ValueError
+        If `value_fn` does not return a scalar.
+    TypeError
+        If `params` holds integers.
 
     Examples
     --------
@@ -109,6 +119,7 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     >>> [float(x) for x in product(jnp.array([1.0, 1.0]))]
     [6.0, 12.0]
     """
+    check_inexact(params)
     linear = linearized_gradient(value_fn, params)
 
     def checked(v: PyTree, /) -> PyTree:
@@ -129,11 +140,19 @@ def hessian_product(linear: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
     return jax.tree.map(jnp.conj, linear(v))
 
 
-def require_scalar(value_fn: Objective, name: str = "value_fn") -> Objective:
-    """Return `value_fn` with a ValueError where it returns anything but a scalar."""
+def require_scalar(value_fn: Objective, name: str = "value_fn") -> Callable[[PyTree], jax.Array]:
+    """Return the loss of `value_fn` alone, with a ValueError where it is anything but a scalar.
+
+    A pair is a loss with auxiliary outputs, as in ``jax.value_and_grad(..., has_aux=True)``.
+    """
 
     def checked(params: PyTree) -> jax.Array:
         value = value_fn(params)
+        if isinstance(value, tuple) and len(value) == 2:
+            value, _ = value
+        if isinstance(value, tuple | list | dict):
+            msg = f"{name} must return a scalar or (scalar, aux), got {type(value).__name__}"
+            raise ValueError(msg)
         if jnp.shape(value) != ():
             msg = f"{name} must return a scalar, got shape {jnp.shape(value)}; reduce it first"
             raise ValueError(msg)
@@ -196,6 +215,15 @@ def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
 
 
 def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+    accumulated = micro_batches(value_fn)
+    if accumulated:
+        on_one, stacked = accumulated
+        models = over_micro_batches(
+            lambda batch: _gauss_newton(functools.partial(on_one, **batch), params, direction),
+            stacked,
+        )
+        value, slope, curvature = (jnp.mean(numbers) for numbers in models)
+        return value, slope, curvature
     model_fn, loss_fn = split(value_fn)
     loss_fn = require_scalar(loss_fn, "loss_fn")
 

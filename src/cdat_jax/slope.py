@@ -20,7 +20,7 @@ def value_and_slope(
     Parameters
     ----------
     value_fn : callable
-        ``params -> loss``, a scalar.
+        ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params, direction : pytree
         The point and the direction u, cast to the dtypes of `params`.
 

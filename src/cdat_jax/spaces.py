@@ -24,6 +24,18 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype[Any]:
     return dtype
 
 
+def check_inexact(params: PyTree) -> None:
+    """Raise a TypeError unless all leaves are floating or complex: nothing else has a tangent."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            msg = (
+                f"params must hold floating arrays, got {dtype} at "
+                f"params{jax.tree_util.keystr(path)}; hand it to value_fn as a further argument"
+            )
+            raise TypeError(msg)
+
+
 @dataclass(frozen=True)
 class TreeSpace:
     """Pytrees of arrays with the Euclidean inner product, leaf by leaf.
@@ -33,17 +45,16 @@ class TreeSpace:
     """
 
     def vdot(self, x: PyTree, y: PyTree) -> jax.Array:
-        """Return ``Re <x, y>`` as a 0-d array of float32 or wider.
+        """Return ``Re <x, y>`` as a 0-d array of float32 or wider; 0 for trees without leaves.
 
         Raises
         ------
         ValueError
-            If the trees differ in structure or shapes, or have no leaves.
+            If the trees differ in structure or shapes.
         """
         products = jax.tree.leaves(jax.tree.map(_leaf_vdot, x, y))
         if not products:
-            msg = f"x must be a pytree with at least one array, got {x!r}"
-            raise ValueError(msg)
+            return jnp.zeros((), dtype=jnp.float32)
         total: jax.Array = functools.reduce(operator.add, products)
         return total
 

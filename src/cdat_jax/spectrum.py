@@ -18,7 +18,7 @@ from cdat_jax import loops
 from cdat_jax.curvature import check_like, hessian_product, linearized_gradient, tangent_like
 from cdat_jax.preconditioner import Preconditioner, inverse_square_root
 from cdat_jax.probes import random_signs, warm_start
-from cdat_jax.spaces import PyTree, TreeSpace
+from cdat_jax.spaces import PyTree, TreeSpace, check_inexact
 
 
 def sharpness(
@@ -351,17 +351,9 @@ def _compiled(
 
 
 def _floating(params: PyTree) -> PyTree:
-    """Return `params` as arrays; a TypeError unless all of them are floating or complex."""
-    params = jax.tree.map(jnp.asarray, params)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
+    """Return `params` as arrays, at least one; a TypeError unless they are floating or complex."""
+    if not jax.tree.leaves(params):
         msg = f"params must be a pytree with at least one array, got {params!r}"
         raise ValueError(msg)
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            msg = (
-                f"params must hold floating arrays, got {leaf.dtype} at "
-                f"params{jax.tree_util.keystr(path)}; hand it to value_fn as a further argument"
-            )
-            raise TypeError(msg)
-    return params
+    check_inexact(params)
+    return jax.tree.map(jnp.asarray, params)

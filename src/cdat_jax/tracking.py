@@ -73,6 +73,8 @@ class SharpnessTracker:
         apply : callable, number or None
             P^-1/2.
         """
+        if not jax.tree.leaves(params):
+            return jnp.zeros((), dtype=scalar_dtype(params)), vector
         space = TreeSpace()
         product = self._product(objective, params)
         if apply is not None:

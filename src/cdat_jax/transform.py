@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdat_core import Measurement, _validation, tuners
+from cdat_core import Measurement, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_jax.curvature import check_method, measure
+from cdat_jax.arguments import bind, check_arguments, period
+from cdat_jax.curvature import check_method, measure, require_scalar
 from cdat_jax.slope import value_and_slope
-from cdat_jax.spaces import PyTree, TreeSpace, scalar_dtype
+from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 from cdat_jax.tracking import SharpnessTracker
 
 _NO_PARAMS = (
@@ -76,7 +76,7 @@ def scale_by_tuner(
     tuner_or_search: Tuner[Any] | LineSearch,
     *,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
     sharpness_matvecs: int = 8,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by a tuned learning rate.
@@ -92,7 +92,8 @@ def scale_by_tuner(
 
     `value` and `grad` are the loss and its raw gradient at `params`; `value_fn` is the same loss on
     the same batch, called as ``value_fn(params, **extra)`` with those further keyword arguments
-    that it names (all of them if it accepts ``**kwargs``).
+    that it names (all of them if it accepts ``**kwargs``). It may return ``(loss, aux)``; `value`
+    is then the loss alone.
 
     If something measured is not finite the updates are zero, the tuner's averages stay, and
     ``state.info.skipped`` counts it. The optimizers chained in front have then already seen the
@@ -107,9 +108,10 @@ def scale_by_tuner(
         if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `measure`.
-    every : int
+    every : int or jax.Array
         Measure curvature and sharpness every so many steps and hold the rate in between; after a
-        skipped step they are measured at once. Steps without a measurement pay nothing for it.
+        skipped step they are measured at once. Steps without a measurement pay nothing for it,
+        except under ``jax.vmap``, which computes both branches of a condition.
     sharpness_matvecs : int
         Hessian-vector products for a sharpness, from the last eigenvector; at first at least 20
         from random signs. As many vectors like `params` are in memory meanwhile.
@@ -148,11 +150,11 @@ def scale_by_tuner(
 
 
 def scaling(
-    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str, every: int, sharpness_matvecs: int
+    tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str, every: Any, sharpness_matvecs: int
 ) -> tuple[Callable[[PyTree], ScaleByTunerState], Callable[..., tuple[PyTree, ScaleByTunerState]]]:
     """Return `init` and `update` of `scale_by_tuner`; `update` takes P^-1/2 or None first."""
     check_method(curvature)
-    every = _validation.count("every", every)
+    every = period(every)
     tracker, measures = None, False
     if isinstance(tuner_or_search, Tuner):
         if "sharpness" in tuner_or_search.needs:
@@ -169,6 +171,7 @@ def scaling(
         raise TypeError(msg)
 
     def init(params: PyTree) -> ScaleByTunerState:
+        check_inexact(params)
         zero = jnp.zeros((), dtype=scalar_dtype(params))
         none_yet = jnp.zeros((), dtype=jnp.int32)
         if isinstance(tuner_or_search, Tuner):
@@ -193,14 +196,12 @@ def scaling(
     ) -> tuple[PyTree, ScaleByTunerState]:
         if params is None:
             raise ValueError(_NO_PARAMS)
-        if jnp.shape(value) != ():
-            msg = f"value must be a scalar, got shape {jnp.shape(value)}"
-            raise ValueError(msg)
+        check_arguments(params, updates, grad, value)
         dtype = state.learning_rate.dtype
         value = jnp.asarray(value, dtype=dtype)
         # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
         slope = TreeSpace().vdot(jax.tree.map(jnp.conj, grad), updates).astype(dtype)
-        objective = _bind(value_fn, extra_args)
+        objective = bind(value_fn, extra_args)
         new_state, skip = decide(state, params, updates, value, slope, objective, apply)
 
         def scaled(u: Any) -> jax.Array:
@@ -221,7 +222,7 @@ def scale_by_cdat(
     max_growth: Any = None,
     max_learning_rate: Any = None,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by the CDAT rate: `scale_by_tuner` with `cdat_core.tuners.cdat`.
 
@@ -253,17 +254,6 @@ def scale_by_cdat(
     return scale_by_tuner(tuner, curvature=curvature, every=every)
 
 
-def _bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
-    """Fix those extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
-    parameters = inspect.signature(value_fn).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        taken = extra_args
-    else:
-        names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        taken = {name: value for name, value in extra_args.items() if name in names}
-    return functools.partial(value_fn, **taken)
-
-
 def _unshared(state: ScaleByTunerState) -> ScaleByTunerState:
     """Give every leaf a buffer of its own, or the state could not be donated (free under jit)."""
     copied: ScaleByTunerState = jax.tree.map(jnp.copy, state)
@@ -275,7 +265,7 @@ Decide = Callable[..., Decision]
 
 
 def _tuner_decision(
-    tuner: Tuner[Any], curvature: str, every: int, tracker: SharpnessTracker | None
+    tuner: Tuner[Any], curvature: str, every: Any, tracker: SharpnessTracker | None
 ) -> Decide:
     """Return the function that asks a tuner for the rate, measuring every so many steps."""
     needs_curvature = "curvature" in tuner.needs
@@ -314,10 +304,11 @@ def _tuner_decision(
             tuner_state = state.tuner_state._replace(skipped=skipped)
             return rate, tuner_state, last, state.sharpness_vector
 
-        if every > 1 and (needs_curvature or tracker is not None):
-            due = state.until_refresh == 0
+        measures = needs_curvature or tracker is not None
+        if measures and (isinstance(every, jax.Array) or every > 1):
+            due = state.until_refresh <= 0
             rate, tuner_state, measured, vector = jax.lax.cond(due, refresh, hold)
-            remaining = jnp.where(due, every - 1, state.until_refresh - 1)
+            remaining = jnp.where(due, jnp.int32(every), state.until_refresh) - 1
         else:
             rate, tuner_state, measured, vector = refresh()
             remaining = state.until_refresh
@@ -349,7 +340,7 @@ def _search_decision(search: LineSearch) -> Decide:
             told: tuple[Any, ...] = (
                 value_and_slope(objective, moved, direction)
                 if "slope" in search.trial_needs
-                else (objective(moved),)
+                else (require_scalar(objective)(moved),)
             )
             return search.tell(trial, *(jnp.asarray(number, dtype=dtype) for number in told))
 

@@ -45,7 +45,7 @@ def tuned(
     *,
     learning_rate: float | Callable[[jax.Array], Any] = 1.0,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
     sharpness_matvecs: int = 8,
     inverse_sqrt: Callable[[Any], Callable[[PyTree], PyTree]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -136,7 +136,7 @@ def cdat(
     max_growth: Any = None,
     max_learning_rate: Any = None,
     curvature: str = "auto",
-    every: int = 1,
+    every: Any = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a base transformation with the CDAT rate: `tuned` with `cdat_core.tuners.cdat`.
 

@@ -30,6 +30,14 @@ def quick_compilation():
     _configure(before)
 
 
+@pytest.fixture(scope="module")
+def debug_nans(strict_jax):
+    """A NaN among what a compiled function returns is an error, for modules that expect none."""
+    before = _configure({"jax_debug_nans": True})
+    yield
+    _configure(before)
+
+
 @pytest.fixture
 def single_precision(strict_jax):
     """JAX as it comes: without float64."""

@@ -17,7 +17,7 @@ from tests.jax.problems import dense, flat, random_like
 
 EXACT = ("auto", "forward", "hvp")
 ALL = (*EXACT, "finite_difference")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "debug_nans")
 exact_methods = pytest.mark.parametrize("method", EXACT)
 all_methods = pytest.mark.parametrize("method", ALL)
 

@@ -245,7 +245,7 @@ def test_an_objective_must_return_a_scalar():
 @transformations
 def test_a_gradient_of_other_shapes_is_refused(build):
     solver, params = build(), jnp.ones(2)
-    with pytest.raises(ValueError, match="leaves of the same shape"):
+    with pytest.raises(ValueError, match=r"grad must have the shapes of params, got \(1,\)"):
         solver.update(params, solver.init(params), params, **arguments(grad=jnp.ones(1)))
 
 
@@ -282,40 +282,6 @@ def test_a_bad_multiplier_is_named(rate):
         cdat(optax.sgd(1.0), learning_rate=rate)
 
 
-@pytest.fixture
-def debug_nans():
-    """JAX raises when a compiled function returns a NaN or an infinity."""
-    checks = ("jax_debug_nans", "jax_debug_infs")
-    before = {name: jax.config.values[name] for name in checks}
-    for name in checks:
-        jax.config.update(name, True)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.mark.parametrize("name", list(SOLVERS))
-def test_finite_data_give_no_nan(name, debug_nans):
-    loss, params, batch = factors()
-    solver = SOLVERS[name]()
-    step, state = stepper(solver, loss), solver.init(params)
-    for _ in range(20):
-        params, state = step(params, state, batch=batch)
-    assert loss(params, batch) < 0.7 * loss(factors()[1], batch)
-
-
-def test_finite_data_give_no_nan_outside_of_jit(debug_nans):
-    """Every operation is checked: no division leaves a NaN in the branch that is not taken."""
-    loss = lambda w: jnp.sum(jnp.cosh(w)) - jnp.sum(w[:1])
-    solver, params = cdat(optax.sgd(1.0), sigma=1.0), jnp.zeros(2)
-    state = solver.init(params)
-    for _ in range(3):
-        value, grad = jax.value_and_grad(loss)(params)
-        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        params = optax.apply_updates(params, updates)
-    assert float(params[0]) == pytest.approx(np.arcsinh(1.0), rel=0.05)
-
-
 def switching(params, straight):
     """A bowl, or (straight) a plane of no curvature."""
     return jnp.where(straight, jnp.sum(params), jnp.sum(params**2))
@@ -334,12 +300,3 @@ def test_zero_curvature_holds_the_rate(initial):
     assert rates[:4] == pytest.approx([initial or 0.0, bowl, bowl, bowl])
     assert int(state[1].info.skipped) == 0
     assert np.isfinite(params).all()
-
-
-@pytest.mark.parametrize("name", list(SOLVERS))
-def test_no_tracer_leaks(name):
-    loss, params, batch = factors()
-    solver = SOLVERS[name]()
-    with jax.checking_leaks():
-        moved, _ = stepper(solver, loss)(params, solver.init(params), batch=batch)
-    assert not same(moved, params)

@@ -11,7 +11,7 @@ from cdat_jax import scale_by_tuner
 from cdat_jax.slope import value_and_slope
 from tests.jax.problems import factors, flat, random_like, stepper, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "debug_nans")
 
 
 @jax.custom_vjp

@@ -1,7 +1,5 @@
 """The transformation in a training loop: swapped for Optax's searches, jitted, scanned, mapped."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 
 import cdat_core
 from cdat_core import linesearch, tuners
-from cdat_jax import ScaleByTunerState, cdat, scale_by_cdat, scale_by_tuner
-from tests.jax.problems import factors, quadratic, same, stepper, train
+from cdat_jax import ScaleByTunerState, scale_by_cdat, scale_by_tuner
+from tests.jax.problems import factors, quadratic, stepper, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -51,25 +49,6 @@ def test_backtracking_takes_the_steps_of_optax():
     assert len(set(rates[0])) > 3
 
 
-@ours
-def test_a_hundred_steps_compile_once(build):
-    loss, params, batch = factors(jnp.float32)
-    traces = []
-
-    def counted(params, batch):
-        traces.append(None)
-        return loss(params, batch)
-
-    solver = optax.chain(optax.adam(1.0), build())
-    step, state = stepper(solver, counted), solver.init(params)
-    params, state = step(params, state, batch=batch)
-    first = len(traces)
-    for _ in range(99):
-        params, state = step(params, state, batch=batch)
-    assert len(traces) == first
-    assert step._cache_size() == 1
-
-
 @pytest.mark.parametrize("base", [optax.sgd(1.0), optax.adam(1.0)], ids=["sgd", "adam"])
 def test_sigma_one_steps_to_the_minimum_along_the_update(base):
     loss, params, hessian, minimiser = quadratic()
@@ -105,138 +84,6 @@ def test_complex_parameters_train_as_their_real_and_imaginary_parts():
             assert state[2].learning_rate.dtype == jnp.float64
 
 
-COMPOSITIONS = {
-    "nested": lambda: optax.chain(optax.chain(optax.identity(), optax.sgd(1.0)), scale_by_cdat()),
-    "named_chain": lambda: optax.named_chain(("base", optax.sgd(1.0)), ("tune", scale_by_cdat())),
-    "multi_transform": lambda: optax.chain(
-        optax.multi_transform(
-            {"a": optax.sgd(1.0), "b": optax.sgd(1.0)}, {"inner": "a", "outer": "b"}
-        ),
-        scale_by_cdat(),
-    ),
-    "scaled-after": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat(), optax.scale(1.0)),
-    "inject_hyperparams": lambda: optax.chain(
-        optax.sgd(1.0),
-        optax.inject_hyperparams(scale_by_cdat, static_args=("every",))(sigma=2.0),
-    ),
-    "cdat": lambda: cdat(optax.sgd(1.0)),
-}
-
-
-@functools.cache
-def plain_chain():
-    loss, params, batch = factors()
-    return train(optax.chain(optax.sgd(1.0), scale_by_cdat()), loss, params, 3, batch=batch)
-
-
-@pytest.mark.parametrize("build", list(COMPOSITIONS.values()), ids=list(COMPOSITIONS))
-def test_compositions_of_optax_give_the_same_steps(build):
-    loss, params, batch = factors()
-    trajectory = train(build(), loss, params, 3, batch=batch)
-    expected = plain_chain()
-    for (left, _), (right, _) in zip(trajectory, expected, strict=True):
-        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
-
-
-def test_frozen_parameters_stay_and_the_others_are_tuned():
-    loss, params, batch = factors()
-    base = optax.multi_transform(
-        {"train": optax.adam(1.0), "freeze": optax.set_to_zero()},
-        {"inner": "freeze", "outer": "train"},
-    )
-    trajectory = train(optax.chain(base, scale_by_cdat(sigma=1.0)), loss, params, 5, batch=batch)
-    trained = trajectory[-1][0]
-    assert same(trained["inner"], params["inner"])
-    assert loss(trained, batch) < loss(params, batch)
-
-
-def extras_seen(value_fn, **extra):
-    """Update once; return nothing (`value_fn` records what it is given)."""
-    params = jnp.ones(2)
-    solver = optax.chain(optax.sgd(1.0), scale_by_cdat())
-    solver.update(
-        params, solver.init(params), params, value=1.0, grad=params, value_fn=value_fn, **extra
-    )
-
-
-def test_an_objective_gets_the_extra_arguments_that_it_names():
-    seen = []
-
-    def positional(params, batch, weight=2.0):
-        seen.append((batch, weight))
-        return jnp.sum(params**2)
-
-    def keyword(params, *, batch):
-        seen.append(batch)
-        return jnp.sum(params**2)
-
-    def everything(params, **extra):
-        seen.append(extra)
-        return jnp.sum(params**2)
-
-    def nothing(params):
-        seen.append(())
-        return jnp.sum(params**2)
-
-    def first(value_fn):
-        seen.clear()
-        extras_seen(value_fn, batch=7, unrelated="x")
-        return seen[0]
-
-    assert first(positional) == (7, 2.0)
-    assert first(keyword) == 7
-    assert first(everything) == {"batch": 7, "unrelated": "x"}
-    assert first(nothing) == ()
-    assert first(functools.partial(positional, weight=3.0)) == (7, 3.0)
-    assert first(functools.partial(keyword, batch=8)) == 7
-
-
-def test_a_jitted_objective_gets_the_extra_arguments_that_it_names():
-    compiled = jax.jit(lambda params, batch: jnp.sum(batch * params**2))
-    params = jnp.ones(2)
-    solver = scale_by_cdat(sigma=1.0)
-    _, state = solver.update(
-        -params, solver.init(params), params,
-        value=1.0, grad=params, value_fn=compiled, batch=4.0, unrelated=1.0,
-    )  # fmt: skip
-    assert float(state.learning_rate) == 2 / 16
-
-
-def test_an_objective_that_misses_an_argument_says_so():
-    with pytest.raises(TypeError, match="batch"):
-        extras_seen(lambda params, batch: jnp.sum(params**2) * batch, bacth=1.0)
-
-
-@ours
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64", "complex128"])
-def test_structure_shapes_and_dtypes_of_the_state_are_fixed(build, dtype):
-    params = {"a": jnp.ones((2, 3), dtype=dtype), "b": (jnp.ones(4, dtype=dtype),)}
-
-    def value_fn(params):
-        return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(params))
-
-    for solver in (build(), optax.chain(optax.adam(1.0), build())):
-        state = jax.eval_shape(solver.init, params)
-        updates, after = jax.eval_shape(
-            lambda s, solver=solver: solver.update(
-                params, s, params, value=value_fn(params), grad=params, value_fn=value_fn
-            ),
-            state,
-        )
-        assert after == state
-        assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
-    rate = jax.eval_shape(build().init, params).learning_rate.dtype
-    assert rate == jnp.dtype("float64" if dtype in {"float64", "complex128"} else "float32")
-
-
-def test_without_float64_the_state_is_of_32_bits(single_precision):
-    loss, params, batch = factors()
-    ((after, state),) = train(cdat(optax.adam(1.0)), loss, params, 1, batch=batch)
-    wide = {leaf.dtype for leaf in jax.tree.leaves((after, state))}
-    assert wide == {jnp.dtype("float32"), jnp.dtype("int32")}
-
-
 def test_bfloat16_parameters_are_tuned_in_float32():
     loss, params, batch = factors(jnp.bfloat16)
     ((_, state),) = train(
@@ -250,21 +97,6 @@ def test_bfloat16_parameters_are_tuned_in_float32():
     assert rate.dtype == jnp.float32
     assert float(rate) == pytest.approx(wanted, rel=0.05)
     assert float(rate) != float(rate.astype(jnp.bfloat16))
-
-
-@ours
-def test_scan_equals_the_loop_bit_for_bit(build):
-    loss, params, batch = factors()
-    solver = optax.chain(optax.adam(1.0), build())
-    step, state = stepper(solver, loss), solver.init(params)
-    looped = train(solver, loss, params, 8, batch=batch)[-1]
-
-    @jax.jit
-    def scanned(params, state, batch):
-        body = lambda carry, _: (step(*carry, batch=batch), None)
-        return jax.lax.scan(body, (params, state), length=8)[0]
-
-    assert same(scanned(params, state, batch), looped)
 
 
 def test_mapping_over_sigma_equals_separate_runs():
@@ -283,28 +115,6 @@ def test_mapping_over_sigma_equals_separate_runs():
         single = run(sigma)
         for x, y in zip(jax.tree.leaves(mapped), jax.tree.leaves(single), strict=True):
             np.testing.assert_allclose(x[index], y, rtol=1e-10, atol=1e-12)
-
-
-@ours
-def test_params_and_state_can_be_donated(build):
-    """Also what an update outside of jit returns, and the caller's own arrays stay alive."""
-    loss, params, batch = factors()
-    solver = optax.chain(optax.sgd(1.0), build())
-    expected = train(solver, loss, params, 3, batch=batch)[-1]
-    donating = stepper(solver, loss, donate_argnums=(0, 1))
-    donated, state = jax.tree.map(jnp.copy, params), solver.init(params)
-    for _ in range(3):
-        donated, state = donating(donated, state, batch=batch)
-    assert same((donated, state), expected)
-
-    solver, params = build(), jnp.ones(2)
-    value = jnp.asarray(1.0)
-    _, state = solver.update(
-        -params, solver.init(params), params,
-        value=value, grad=params, value_fn=lambda w: jnp.sum(w**2),
-    )  # fmt: skip
-    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, value))]
-    assert len(set(buffers)) == len(buffers)
 
 
 def observed(loss):
@@ -347,6 +157,46 @@ def test_curvature_is_measured_every_so_many_steps_and_held_between(every):
     assert seen == set(range(0, 10, every))
     assert all(rates[index] == rates[index - index % every] > 0 for index in range(10))
     assert len(set(rates)) == len(seen)
+
+
+def products(traced):
+    """Return the number of matrix products outside of conditions, and in each branch of them."""
+    outside, branches = 0, []
+    for equation in getattr(getattr(traced, "jaxpr", traced), "eqns", ()):
+        if equation.primitive.name == "cond":
+            inside = [products(branch) for branch in equation.params["branches"]]
+            branches += [number + sum(further) for number, further in inside]
+            continue
+        outside += equation.primitive.name == "dot_general"
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            number, further = products(inner)
+            outside, branches = outside + number, branches + further
+    return outside, branches
+
+
+@pytest.mark.parametrize("method", ["forward", "hvp", "finite_difference"])
+def test_a_step_without_a_measurement_computes_none_of_it(method):
+    """All of it is in one branch of a condition, in the compiled program too.
+
+    Under jax.vmap the condition differs between the runs: both branches are computed.
+    """
+    loss, params, _, _ = quadratic()
+    solver = scale_by_cdat(every=3, curvature=method)
+    state, value = solver.init(params), jnp.asarray(1.0)
+
+    def update(params, state):
+        return solver.update(-params, state, params, value=value, grad=params, value_fn=loss)
+
+    outside, branches = products(jax.make_jaxpr(update)(params, state))
+    assert (outside, min(branches)) == (0, 0)
+    assert len(branches) == 2
+    assert max(branches) >= 4  # the loss alone has two
+    assert "conditional" in jax.jit(update).lower(params, state).compile().as_text()
+
+    together = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (params, state))
+    outside, branches = products(jax.make_jaxpr(jax.vmap(update))(*together))
+    assert branches == []
+    assert outside >= 4
 
 
 def test_curvature_is_measured_at_once_after_a_skip():
@@ -426,16 +276,6 @@ def test_first_guess_of_a_search_grows_from_the_last_step():
     rates = [float(state[1].learning_rate) for _, state in trajectory]
     assert rates == pytest.approx([1e-4 * 1.5**step for step in range(6)], rel=1e-12)
     assert all(int(state[1].tuner_state.trials) == 1 for _, state in trajectory)
-
-
-@ours
-def test_zero_gradient_moves_nothing_and_is_no_fault(build):
-    loss, _, _, minimiser = quadratic()
-    trajectory = train(optax.chain(optax.adam(1.0), build()), loss, jnp.asarray(minimiser), 2)
-    for params, state in trajectory:
-        np.testing.assert_array_equal(params, minimiser)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-        assert int(state[1].info.skipped) == 0
 
 
 def test_state_shows_the_last_measurement():
