@@ -60,7 +60,7 @@ class ScaleByTunerState(NamedTuple):
         The last measurement.
     until_refresh : jax.Array
         Steps for which the present rate still holds (see `every`), int32.
-    sharpness_vector : pytree or None
+    sharpness_vector : Any
         The eigenvector of the last sharpness, like the parameters, where the next measurement
         begins; zeros at first, None if the tuner does not need the sharpness.
     """

@@ -68,7 +68,7 @@ def closure_loss(closure: Any, params: Sequence[Tensor], ways: Ways, trace: Trac
     if ways:
         BY_NAME[ways[0]].check(closure, "closure")
     loss, (variables, grads, recording), ways = evaluated(
-        lambda kernels: evaluate_closure(closure, params, kernels), params, ways, trace
+        closure, lambda kernels: evaluate_closure(closure, params, kernels), params, ways, trace
     )
     for p, g in zip(params, scattered(params, variables, grads), strict=True):
         p.grad = g

@@ -100,7 +100,11 @@ def measure(
     try:
         with undone_on_error(params) as trace:
             loss, (variables, grads, recording), ways = evaluated(
-                lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels), params, ways, trace
+                loss_fn,
+                lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels),
+                params,
+                ways,
+                trace,
             )
             direction = fully_sharded.spread_out(direction, variables)
             present = [i for i, g in enumerate(grads) if g is not None]

@@ -74,6 +74,7 @@ def differentiate(
     *,
     create_graph: bool = False,
     record: bool = False,
+    outputs: Sequence[Tensor] | None = None,
     sync: bool = True,
 ) -> Differentiated:
     """Return the tensors the model computed with, and the gradient with respect to them.
@@ -91,6 +92,8 @@ def differentiate(
         Whether the gradient is to be differentiated again.
     record : bool
         Whether the graph of the loss is to be replayed; it is then retained.
+    outputs : sequence of Tensor, optional
+        With `record`, tensors up to which operations count as linear.
     sync : bool
         Only for modules under ``fully_shard`` and a gradient without a graph: see
         `cdat_torch.fully_sharded.backward`.
@@ -108,7 +111,7 @@ def differentiate(
         variables = fully_sharded.gathered(params)
     if not record:
         return Differentiated(variables, gradients(loss, variables, create_graph=create_graph))
-    recording = Recording(loss, variables)
+    recording = Recording(loss, variables, outputs)
     with recording.watching():
         found = gradients(loss, variables, create_graph=False, retain_graph=True)
     return Differentiated(variables, found, recording)

@@ -10,33 +10,40 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cdat_torch.differentiability import anything_compiled, further_differentiable, logger
-from cdat_torch.differentiation import Differentiated, Kernels, differentiate
+from cdat_torch.differentiation import Differentiated, Kernels, LossFn, differentiate
 from cdat_torch.distributed import several_processes
-from cdat_torch.gauss_newton import first_line
-from cdat_torch.methods import BY_NAME, Ways
+from cdat_torch.gauss_newton import CompositeLoss, first_line, tensors_of
+from cdat_torch.methods import BY_NAME, REPLAYED_GAUSS_NEWTON, Ways
 from cdat_torch.reevaluation import Trace
 from cdat_torch.replay import Mismatch, Unsupported
 
 T = TypeVar("T")
+_CALLED = {"hessian": "double backward", "gauss_newton": "a forward-mode pass"}
 
 
 def evaluated(
-    evaluate: Callable[[Kernels], Tensor], params: Sequence[Tensor], ways: Ways, trace: Trace
+    loss_fn: LossFn,
+    evaluate: Callable[[Kernels], Tensor],
+    params: Sequence[Tensor],
+    ways: Ways,
+    trace: Trace,
 ) -> tuple[Tensor, Differentiated, Ways]:
     """Return a loss, its first derivative, and the ways that are left to measure its curvature.
 
     Parameters
     ----------
+    loss_fn : callable
+        The loss.
     evaluate : callable
-        Evaluates the loss with a choice of kernels.
+        Evaluates `loss_fn` with a choice of kernels.
     params : sequence of Tensor
         The parameters.
     ways : sequence of str
@@ -45,24 +52,42 @@ def evaluated(
         It takes note of what the evaluation changes.
     """
     compiled, together = anything_compiled(), several_processes()
-    if compiled and ways[:1] == ("replay",) and len(ways) > 1:
+    if compiled and len(ways) > 1 and BY_NAME[ways[0]].recorded:
         ways = ways[1:]  # compiled modules do not say which buffers the first evaluation moved
+    if together and ways[:1] == (REPLAYED_GAUSS_NEWTON,):
+        ways = ways[1:]  # the other way evaluates the model again
     while True:
         method = BY_NAME[ways[0]] if ways else None
         kernels = method.kernels if method else nullcontext
         if together and method is not None and method.recorded:
             kernels = further_differentiable
-        with trace.recorded(buffers=kernels is further_differentiable or not compiled):
+        buffers = kernels is further_differentiable or not compiled
+        with trace.recorded(buffers=buffers), _outputs(loss_fn, ways) as outputs:
             loss = evaluate(kernels)
         try:
-            return loss, *_differentiated(loss, params, ways, again=together)
+            return loss, *_differentiated(loss, params, ways, outputs, again=together)
         except Unsupported as error:
             ways = given_up(ways, error)
             trace.undo()
 
 
+@contextmanager
+def _outputs(loss_fn: LossFn, ways: Ways) -> Iterator[list[Any] | None]:
+    """Give a list of the outputs of the model, if the first way needs them."""
+    if ways[:1] == (REPLAYED_GAUSS_NEWTON,) and isinstance(loss_fn, CompositeLoss):
+        with loss_fn.noting_outputs() as outputs:
+            yield outputs
+    else:
+        yield None
+
+
 def _differentiated(
-    loss: Tensor, params: Sequence[Tensor], ways: Ways, *, again: bool
+    loss: Tensor,
+    params: Sequence[Tensor],
+    ways: Ways,
+    outputs: list[Any] | None,
+    *,
+    again: bool,
 ) -> tuple[Differentiated, Ways]:
     """Differentiate for the first way; with `again` for the next one where that does not work."""
     while True:
@@ -70,7 +95,10 @@ def _differentiated(
         twice, record = (method.differentiated_twice, method.recorded) if method else (False, False)
         try:
             with torch.enable_grad():
-                return differentiate(loss, params, create_graph=twice, record=record), ways
+                ends = None if outputs is None else tensors_of(outputs)
+                return differentiate(
+                    loss, params, create_graph=twice, record=record, outputs=ends
+                ), ways
         except Unsupported as error:
             if not again:
                 raise
@@ -96,15 +124,16 @@ def given_up(ways: Ways, error: Exception) -> Ways:
     if isinstance(error, Mismatch):
         warnings.warn(
             f"the autograd graph was not replayed exactly ({reason}); the curvature comes from "
-            "double backward instead. Please report this with the operation",
+            f"{_CALLED.get(rest[0], rest[0])} instead. Please report this with the operation",
             stacklevel=5,
         )
     elif isinstance(error, Unsupported):
         logger.log(
             logging.INFO,
-            "the autograd graph cannot be replayed (%s); the curvature comes from double backward "
-            "instead, which costs about two gradients more",
+            "the autograd graph cannot be replayed (%s); the curvature comes from %s instead, "
+            "which costs more",
             reason,
+            _CALLED.get(rest[0], rest[0]),
         )
     else:
         warnings.warn(

@@ -73,6 +73,7 @@ class CompositeLoss:
                 raise TypeError(msg)
         self.model_fn = model_fn
         self.loss_fn = loss_fn
+        self._noted: list[Any] | None = None
 
     def __call__(self) -> Tensor:
         """Return the loss at the present parameters.
@@ -82,7 +83,26 @@ class CompositeLoss:
         Tensor
             ``loss_fn(model_fn())``.
         """
-        return self.loss_fn(self.model_fn())
+        outputs = self.model_fn()
+        if self._noted is not None:
+            # Views: what the loss reads is then told from what the model itself reads of a tensor.
+            outputs = pytree.tree_map(lambda z: z.view_as(z) if _depends(z) else z, outputs)
+            self._noted.append(outputs)
+        return self.loss_fn(outputs)
+
+    @contextmanager
+    def noting_outputs(self) -> Iterator[list[Any]]:
+        """Give a list that collects the outputs of the calls in the block."""
+        before, self._noted = self._noted, []
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors among outputs that depend on something."""
+    return [z for z in pytree.tree_leaves(outputs) if _depends(z)]
 
 
 def gauss_newton_curvature(
@@ -243,6 +263,10 @@ class _ForwardFollowsGradMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with forward_ad._set_fwd_grad_enabled(False):
             return func(*args, **(kwargs or {}))
+
+
+def _depends(value: Any) -> bool:
+    return _is_tensor(value) and value.requires_grad
 
 
 def _is_tensor(value: Any) -> bool:

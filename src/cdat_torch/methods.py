@@ -148,6 +148,14 @@ class Hessian:
         )
 
 
+class ReplayedGaussNewton(Replay):
+    """The same with a model that counts as linear: <Ju, H_loss Ju>."""
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept a `CompositeLoss` only."""
+        GaussNewton().check(loss_fn, argument)
+
+
 class GaussNewton:
     """One forward-mode pass through the model, and double backward through its loss."""
 
@@ -231,13 +239,15 @@ class FiniteDifference:
         return change
 
 
+REPLAYED_GAUSS_NEWTON = "gauss_newton by replay"
 BY_NAME: dict[str, Method] = {
     "replay": Replay(),
     "hessian": Hessian(),
     "gauss_newton": GaussNewton(),
+    REPLAYED_GAUSS_NEWTON: ReplayedGaussNewton(),
     "finite_difference": FiniteDifference(),
 }
-METHODS = ("auto", *BY_NAME)
+METHODS = ("auto", *(name for name in BY_NAME if name != REPLAYED_GAUSS_NEWTON))
 
 Ways = tuple[str, ...]
 """Names of methods: the one in use, then those to go on with where it does not work."""
@@ -248,9 +258,11 @@ def ways_named(name: str) -> Ways:
     if name not in METHODS:
         msg = f"curvature must be one of {METHODS}, got {name!r}"
         raise ValueError(msg)
-    if name != "auto":
-        return (name,)
-    return (*(("replay",) if IS_TESTED else ()), "hessian", "finite_difference")
+    if name == "auto":
+        return (*(("replay",) if IS_TESTED else ()), "hessian", "finite_difference")
+    if name == "gauss_newton":
+        return (*((REPLAYED_GAUSS_NEWTON,) if IS_TESTED else ()), name)
+    return (name,)
 
 
 def ways_with_product(name: str) -> Ways:

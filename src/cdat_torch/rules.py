@@ -14,7 +14,7 @@ from cdat_core.tuners import Tuner
 from cdat_torch.checkpoint import SavedTuner, restore
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
-from cdat_torch.methods import BY_NAME, ways_named, ways_with_product
+from cdat_torch.methods import ways_named, ways_with_product
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.tracking import SharpnessTracker
 from cdat_torch.trial import evaluate_trial
@@ -94,10 +94,9 @@ class TunerRule:
     @property
     def needs_closure(self) -> str | None:
         """What evaluates the loss again, if anything does."""
-        method = BY_NAME[self.ways[0]]
-        if not self._needs_graph or method.differentiated_twice or method.recorded:
+        if not self._needs_graph or "hessian" in self.ways or "replay" in self.ways:
             return None
-        return f'curvature="{self.ways[0]}"'
+        return f'curvature="{self.ways[-1]}"'
 
     @property
     def needs_loss(self) -> bool:

@@ -179,14 +179,14 @@ def test_without_forward_mode_two_reverse_passes_give_the_same(
             torch.manual_seed(3)
             found = gauss_newton(lambda: WithoutJvp.apply(model(x)), loss_fn, params, u)
             torch.testing.assert_close(found, flat(u) @ matrix @ flat(u), rtol=1e-10, atol=0)
-    assert len(caplog.records) == 1
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
     assert "no forward-mode derivative" in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
     assert int(model[1].num_batches_tracked) == 2
     with pytest.raises(NotImplementedError, match="Once is marked once_differentiable") as caught:
         gauss_newton(lambda: Once.apply(model(x)), loss_fn, params, u)
     assert '"finite_difference" needs first derivatives only' in caught.value.__notes__[0]
-    assert len(caplog.records) == 1
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
 
 
 def test_on_a_linear_model_it_is_the_hessian() -> None:
@@ -272,14 +272,19 @@ def test_a_linear_loss_has_no_gauss_newton_curvature() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_model_leaves_no_trace(error: type[BaseException]) -> None:
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_error_in_the_model_leaves_no_trace(
+    call: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a version of PyTorch for which the replay was not tested the model runs twice."""
+    monkeypatch.setattr("cdat_torch.methods.IS_TESTED", call == 1)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1))
     x, calls = torch.randn(8, 4), []
 
     def model_fn() -> Tensor:
         calls.append(None)
         z = model(x)
-        if len(calls) == 2:
+        if len(calls) == call:
             raise error
         return z
 
@@ -288,7 +293,7 @@ def test_an_error_in_the_model_leaves_no_trace(error: type[BaseException]) -> No
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with pytest.raises(error):
         gauss_newton(model_fn, lambda z: z.square().mean(), params, u)
-    assert len(calls) == 2
+    assert len(calls) == call
     for name, found in model.state_dict().items():
         assert torch.equal(found, before[name]), name
     assert torch.equal(torch.get_rng_state(), state)

@@ -78,6 +78,8 @@ def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent)
     )
     a = balance(heads.q, heads.dq)
     tangent, squares, with_key, with_value = _by_blocks(heads, a)
+    if node.first_order:
+        return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None])
     grad_key, grad_value = node.gradient(1), node.gradient(2)
     if grad_key is None or grad_value is None:
         grad_key, grad_value = node.vjp(node.adjoint, None)[1:3]

@@ -24,6 +24,8 @@ def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node
             if any(other is not None for other in others):
                 return NotImplemented
             dy = node.vjp(dx)[0]
+            if node.first_order:
+                return Pushed(dy)
             return Pushed(dy, dot(torch.mul(node.adjoint, dx).mul_(factor(node)), dx))
 
         for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from cdat_torch.replay import fallback
 from cdat_torch.replay.registry import RULES, Edge, Node, Rule, Unsupported
@@ -24,6 +25,9 @@ class Graph:
         A scalar with its graph.
     variables : sequence of Tensor
         The parameters, leaves of the graph.
+    outputs : sequence of Tensor, optional
+        Tensors up to which operations count as linear: those of the model, for the Gauss-Newton
+        curvature.
 
     Attributes
     ----------
@@ -39,10 +43,13 @@ class Graph:
     Raises
     ------
     Unsupported
-        If an operation between them has neither a rule nor a place among the checked ones.
+        If an operation between them has neither a rule nor a place among the checked ones, or the
+        loss depends on a parameter beside the outputs.
     """
 
-    def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss: Tensor, variables: Sequence[Tensor], outputs: Sequence[Tensor] | None = None
+    ) -> None:
         self.nodes: list[Node] = []
         self.leaves: dict[Edge, Tensor] = {}
         self.uses: Counter[Edge] = Counter()
@@ -64,10 +71,29 @@ class Graph:
                 active.add(found)
                 self.uses.update(reached)
                 self.nodes.append(Node(found))
+        if outputs is not None:
+            self._linear_up_to({(e.node, e.output_nr) for e in map(get_gradient_edge, outputs)})
+
+    def _linear_up_to(self, ends: set[Edge]) -> None:
+        if not ends:
+            msg = "the outputs of the model do not depend on parameters"
+            raise Unsupported(msg)
+        behind: set[Any] = set()
+        for node in self.nodes:
+            read = [edge for edge in node.autograd.next_functions if self.uses[edge]]
+            after = [edge in ends or edge[0] in behind for edge in read]
+            node.first_order = not any(after)
+            if any(after):
+                behind.add(node.autograd)
+                if not all(after):
+                    msg = "the loss depends on parameters beside the outputs of the model"
+                    raise Unsupported(msg)
 
     def needs(self, node: Node) -> tuple[bool, tuple[int, ...]]:
         """Return whether a node's rule needs the adjoint, and which derivatives of inputs."""
         rule = rule_of(node)
+        if node.first_order:
+            return False, ()
         if rule.both:
             edges = node.autograd.next_functions
             if not all(self.uses[edges[i]] for i in rule.both):
@@ -77,7 +103,7 @@ class Graph:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What tells graphs of different operations apart; sizes do not count."""
-        return tuple((node.name, len(node.shape())) for node in self.nodes)
+        return tuple((n.name, len(n.shape()), n.first_order) for n in self.nodes)
 
 
 def rule_of(node: Node) -> Rule:

@@ -35,8 +35,9 @@ def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         moved = _ATEN.native_layer_norm_backward(
             dx.contiguous(), x, shape, mean, r, None, None, [True, False, False]
         )[0]
-        adjoint = node.adjoint if weight is None else node.adjoint * weight
-        second = _second_order(normal, moved, dx, r, adjoint, dims)
+        if not node.first_order:
+            adjoint = node.adjoint if weight is None else node.adjoint * weight
+            second = _second_order(normal, moved, dx, r, adjoint, dims)
     y, mixed = _affine(node, normal, moved, weight, dw, db, node.adjoint)
     return Pushed([y, None, None], _total(second, mixed))
 

@@ -79,6 +79,8 @@ def bilinear(
     if dw is None:
         return product(dx, w()), None
     point = x()
+    if node.first_order:
+        return add_product(product(point, dw), dx, w()), None
     if gradient is None or point.dtype in HALF:
         second = 2 * dot(node.adjoint, product(dx, dw))
         return add_product(product(point, dw), dx, w()), second
@@ -195,7 +197,9 @@ def mul(node: Node, da: Tangent, db: Tangent) -> Pushed:
     if db is None:
         return Pushed(z)
     z = node.saved("self") * db if z is None else torch.addcmul(z, node.saved("self"), db)
-    return Pushed(z, None if da is None else 2 * dot(node.adjoint, da * db))
+    if da is None or node.first_order:
+        return Pushed(z)
+    return Pushed(z, 2 * dot(node.adjoint, da * db))
 
 
 @rule("DivBackward0")

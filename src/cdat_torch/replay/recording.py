@@ -48,6 +48,8 @@ class Recording:
         A scalar with its graph.
     variables : sequence of Tensor
         The parameters.
+    outputs : sequence of Tensor, optional
+        Those of the model, for the Gauss-Newton curvature.
 
     Raises
     ------
@@ -55,11 +57,13 @@ class Recording:
         If the graph holds an operation that cannot be replayed.
     """
 
-    def __init__(self, loss: Tensor, variables: Sequence[Tensor]) -> None:
+    def __init__(
+        self, loss: Tensor, variables: Sequence[Tensor], outputs: Sequence[Tensor] | None = None
+    ) -> None:
         if any(v.is_complex() or is_sharded(v) for v in variables):
             msg = "parameters are complex or sharded"
             raise Unsupported(msg)
-        self._graph = Graph(loss, variables)
+        self._graph = Graph(loss, variables, outputs)
         self._variables = list(variables)
 
     @contextmanager
@@ -146,7 +150,7 @@ class Recording:
         graph = self._graph
         verify = (signature := graph.signature) not in _VERIFIED
         tangents: dict[Edge, Tangent] = {
-            edge: direction[variable].detach()
+            edge: direction[variable].detach().to(variable)
             for edge, variable in graph.leaves.items()
             if variable in direction
         }
@@ -160,7 +164,7 @@ class Recording:
                     pushed = _pushed(node, moved, verify=verify, coarse=self._coarse)
                     outs = outputs(pushed)
                     tangents.update({(node.autograd, i): t for i, t in enumerate(outs)})
-                    if pushed.second is not None:
+                    if pushed.second is not None and not node.first_order:
                         terms.append(pushed.second.to(torch.float64).reshape(()))
                 node.detached()
                 for edge in edges:

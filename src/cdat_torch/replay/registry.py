@@ -41,9 +41,14 @@ class Node:
         By position, those derivatives with respect to inputs that the rule asked for.
     inner_products : dict
         Inner products that are known already, by the memory of their factors.
+    first_order : bool
+        Whether the operation counts as linear, as the model does for the Gauss-Newton curvature:
+        the second-order term is not wanted, and nothing of the backward pass is kept.
     """
 
-    __slots__ = ("_node", "_versions", "adjoints", "gradients", "inner_products")
+    __slots__ = (
+        "_node", "_versions", "adjoints", "first_order", "gradients", "inner_products",
+    )  # fmt: skip
 
     def __init__(self, node: Any) -> None:
         self._node = node
@@ -51,6 +56,7 @@ class Node:
         self.gradients: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
         self.inner_products: InnerProducts = {}
+        self.first_order = False
 
     @property
     def autograd(self) -> Any:

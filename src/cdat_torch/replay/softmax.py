@@ -13,6 +13,8 @@ def softmax(node: Node, dx: Tensor) -> Pushed:
     """Y = p: y' = p (x' - E x'); second order <g_x, (x' - E x')^2>, as p'' only shows J."""
     dim, p = node.saved("dim"), node.saved("result")
     centred = dx - (p * dx).sum(dim, keepdim=True)
+    if node.first_order:
+        return Pushed(p * centred)
     gradient = node.gradient(0)
     if gradient is None:
         gradient = node.vjp(node.adjoint)[0]
