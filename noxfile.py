@@ -74,6 +74,13 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session
+def jax_ecosystem(session: nox.Session) -> None:
+    """Train with Flax, Equinox and Orbax under JAX, on four devices and in two processes."""
+    install(session, ".[jax]", "test", "jax_ecosystem")
+    pytest(session, "tests/jax_ecosystem")
+
+
+@nox.session
 def torch(session: nox.Session) -> None:
     """Test the PyTorch adapter, without JAX."""
     install(session, ".[torch]", "test")
