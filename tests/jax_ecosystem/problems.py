@@ -104,6 +104,7 @@ STATEFUL = {
     "cdat, Gauss-Newton": _cdat(curvature="gauss_newton"),
     "greedy": _tuned(tuners.quadratically_greedy(max_growth=1.2, initial_learning_rate=1e-2)),
     "on edge": _tuned(tuners.on_edge(max_growth=1.2, initial_learning_rate=1e-2)),
+    "gen": _tuned(tuners.gen(initial_learning_rate=1e-2)),
     "polyak": _tuned(tuners.polyak(max_learning_rate=0.1)),
     "hypergradient": _tuned(tuners.hypergradient(initial_learning_rate=1e-2)),
     "constant": _tuned(tuners.constant(0.01)),
