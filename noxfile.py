@@ -118,7 +118,7 @@ def lab(session: nox.Session) -> None:
 @nox.session
 def doctests(session: nox.Session) -> None:
     """Run the examples in docstrings, the README and the docs."""
-    install(session, ".[all]", "test", "docs")
+    install(session, ".[all]", "test", "docs", "jax_ecosystem")
     session.run("pytest", "--doctest-modules", "src", env=SINGLE_THREAD)
     pages = ["README.md", "CONTRIBUTING.md", *map(str, Path("docs").glob("*.md"))]
     session.run("python", "docs/run_snippets.py", *pages)
