@@ -74,6 +74,13 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session
+def jax_ecosystem(session: nox.Session) -> None:
+    """Train with Flax, Equinox and Orbax under JAX, on four devices and in two processes."""
+    install(session, ".[jax]", "test", "jax_ecosystem")
+    pytest(session, "tests/jax_ecosystem")
+
+
+@nox.session
 def torch(session: nox.Session) -> None:
     """Test the PyTorch adapter, without JAX."""
     install(session, ".[torch]", "test")
@@ -111,7 +118,7 @@ def lab(session: nox.Session) -> None:
 @nox.session
 def doctests(session: nox.Session) -> None:
     """Run the examples in docstrings, the README and the docs."""
-    install(session, ".[all]", "test", "docs")
+    install(session, ".[all]", "test", "docs", "jax_ecosystem")
     session.run("pytest", "--doctest-modules", "src", env=SINGLE_THREAD)
     pages = ["README.md", "CONTRIBUTING.md", *map(str, Path("docs").glob("*.md"))]
     session.run("python", "docs/run_snippets.py", *pages)

@@ -49,6 +49,13 @@ def dense_gauss_newton(
     return jacobian.T @ hessian @ jacobian
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["replay", "forward mode"])
+def replayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With a PyTorch that the replay was not tested with, a forward-mode pass takes over."""
+    monkeypatch.setattr("cdat_torch.methods.IS_TESTED", request.param)
+    return bool(request.param)
+
+
 def gauss_newton(
     model_fn: Callable[[], Any],
     loss_fn: Callable[[Any], Tensor],
@@ -272,12 +279,8 @@ def test_a_linear_loss_has_no_gauss_newton_curvature() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_error_in_the_model_leaves_no_trace(
-    call: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a version of PyTorch for which the replay was not tested the model runs twice."""
-    monkeypatch.setattr("cdat_torch.methods.IS_TESTED", call == 1)
+def test_an_error_in_the_model_leaves_no_trace(error: type[BaseException], replayed: bool) -> None:
+    call = 1 if replayed else 2
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1))
     x, calls = torch.randn(8, 4), []
 

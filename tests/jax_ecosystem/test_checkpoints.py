@@ -1,0 +1,79 @@
+"""Checkpoints by Orbax and by Flax: a run resumes bit for bit, also on fewer devices."""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+from jax.sharding import AxisType
+
+from tests.jax.problems import same
+from tests.jax_ecosystem.problems import (
+    STATEFUL,
+    batch,
+    begin,
+    fully_sharded,
+    placed,
+    run,
+    start,
+    train_step,
+)
+
+
+def through_orbax(tree, like, path):
+    """Save `tree` and restore it with the devices of `like`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "checkpoint", jax.tree.map(abstract, like))
+
+
+def abstract(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def through_flax(tree, like, path):
+    """Write the bytes of `tree` and read them onto the devices of `like`."""
+    file = path / "checkpoint.msgpack"
+    file.write_bytes(serialization.to_bytes(tree))
+    restored = serialization.from_bytes(like, file.read_bytes())
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), restored, like)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_resumed_run_is_the_unbroken_one(name, tmp_path):
+    solver = STATEFUL[name]()
+    step, data, params = jax.jit(train_step(solver)), batch(), start()
+    half = run(step, params, solver.init(params), data, 5)[:2]
+    end = run(step, *half, data, 5)
+    fresh = start(), solver.init(start())
+    assert not same(half, fresh)
+    for through in (through_orbax, through_flax):
+        restored = through(half, fresh, tmp_path)
+        assert same(restored, half)  # the structure too: NamedTuples, fields that are None
+        assert same(run(step, *restored, data, 5), end)
+
+
+@pytest.mark.parametrize("name", ["cdat, every third step", "zoom"])
+def test_a_run_on_four_devices_resumes_on_fewer(mesh, name, tmp_path):
+    """The numbers are the same bits; the steps are those after moving the arrays themselves."""
+    solver = STATEFUL[name]()
+    step = jax.jit(train_step(solver))
+    params, state, data = begin(solver, mesh, fully_sharded)
+    half = run(step, params, state, data, 4)[:2]
+    unbroken = run(step, *half, data, 3)
+    for number, through in ((2, through_orbax), (1, through_orbax), (2, through_flax)):
+        devices = jax.devices()[:number]
+        fewer = jax.make_mesh((number,), ("data",), (AxisType.Auto,), devices=devices)
+        params, state, data = begin(solver, fewer, fully_sharded)
+        folder = tmp_path / f"{through.__name__}-{number}"
+        folder.mkdir()
+        restored = through(half, (params, state), folder)
+        assert same(restored, half)
+        for leaf, like in zip(*map(jax.tree.leaves, (restored, (params, state))), strict=True):
+            assert leaf.sharding == like.sharding
+        moved = placed(jax.device_get(half), fewer, fully_sharded)
+        end = run(step, *restored, data, 3)
+        assert same(end, run(step, *moved, data, 3))
+        for one, other in zip(*map(jax.tree.leaves, (end, unbroken)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
