@@ -35,9 +35,9 @@ def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node
 
 @linear(
     "ReluBackward0", "LeakyReluBackward0", "LeakyReluBackward1", "ThresholdBackward0",
-    "ThresholdBackward1", "HardtanhBackward0", "HardtanhBackward1", "HardsigmoidBackward0",
-    "AbsBackward0", "ClampBackward0", "ClampMinBackward0", "ClampMaxBackward0", "NegBackward0",
-    "MulBackward1", "DivBackward1",
+    "ThresholdBackward1", "HardtanhBackward0", "HardsigmoidBackward0", "AbsBackward0",
+    "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "NegBackward0", "MulBackward1",
+    "DivBackward1",
 )  # fmt: skip
 def piecewise_linear(node: Node, dx: Tensor) -> Tangent:
     """F'' = 0 where it exists."""
@@ -47,7 +47,7 @@ def piecewise_linear(node: Node, dx: Tensor) -> Tangent:
 @linear("NativeDropoutBackward0")
 def dropout(node: Node, dx: Tensor) -> Tangent:
     """A mask, scaled."""
-    return node.vjp(dx, None)[0]
+    return node.vjp(dx)[0]
 
 
 @elementwise("ExpBackward0")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cdat_torch.differentiability import nodes
-from cdat_torch.replay import Recording, recording
-from cdat_torch.replay.registry import Node
+from cdat_torch.replay import Recording, graph, recording
+from cdat_torch.replay.registry import Node, Rule
 
 Loss = Callable[..., Tensor]
 Shape = tuple[int, ...]
@@ -120,7 +120,7 @@ def problem(of: Case, variant: Variant) -> tuple[Loss, list[Tensor]]:
         w = [next(given) if a else t for t, a in zip(everything, is_active, strict=True)]
         x = [DOMAINS[of.domain](t) for t in w]
         if variant.layout == "strided":
-            x = [torch.stack([t, t], -1)[..., 0] for t in x]
+            x = [torch.stack([t, t], -1)[..., 0] if t.dim() < 3 else _rows_apart(t) for t in x]
         found = of.function(*(x * len(of.shapes) if variant.shared else x))
         found = [found] if isinstance(found, Tensor) else found
         if variant.layout == "strided":
@@ -138,6 +138,11 @@ def problem(of: Case, variant: Variant) -> tuple[Loss, list[Tensor]]:
     return loss, params
 
 
+def _rows_apart(t: Tensor) -> Tensor:
+    """Return a tensor that is not contiguous but whose rows are, as fused kernels want them."""
+    return torch.stack([t, t], -2)[..., 0, :]
+
+
 _CENTRAL = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
 _STEP = 2.0**-9
 
@@ -152,7 +157,9 @@ def differences(loss: Loss, params: Sequence[Tensor], u: Sequence[Tensor]) -> li
     def gradient(t: float) -> tuple[Tensor, ...]:
         moved = [(p.detach() + t * v).requires_grad_() for p, v in zip(params, u, strict=True)]
         found = torch.autograd.grad(loss(*moved), moved, allow_unused=True)
-        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, moved))
+        return tuple(
+            torch.zeros_like(p) if g is None else g for g, p in zip(found, moved, strict=True)
+        )
 
     product = [torch.zeros_like(p) for p in params]
     for k, c in _CENTRAL.items():
@@ -186,9 +193,10 @@ def assert_exact(
     """Compare slope and curvature with a gradient and with differences of gradients."""
     slope, curvature, grads = replay(loss(*params), params, u)
     product = differences(loss, params, u)
-    scale = norm(u) * (norm(product) + norm(grads))
-    assert abs(slope - vdot(grads, u)) <= tolerance * scale + 1e-13
-    assert abs(curvature - vdot(product, u)) <= tolerance * scale + 1e-13
+    # losses and parameters are of order one: of what cancels (the sum of what is normalised) 1e-3
+    scale = norm(u) * (norm(product) + norm(grads) + 1e-3)
+    assert abs(slope - vdot(grads, u)) <= tolerance * scale
+    assert abs(curvature - vdot(product, u)) <= tolerance * scale
 
 
 def names(loss: Tensor) -> set[str]:
@@ -213,10 +221,5 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(recording, "_VERIFIED", _Everything())
         patch.setattr(recording.fallback, "push", noted)
-        patch.setattr(recording, "FALLBACK", recording.FALLBACK)
-        patch.setattr("cdat_torch.replay.graph.FALLBACK", _noting(noted))
+        patch.setattr(graph, "FALLBACK", Rule(noted, adjoint=True))
         yield asked
-
-
-def _noting(push: Callable[..., Any]) -> Any:
-    return type(recording.FALLBACK)(push, adjoint=True)

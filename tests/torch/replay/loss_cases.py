@@ -61,6 +61,11 @@ CASES: list[Case] = [
 ]  # fmt: skip
 CASES += [
     case("NllLoss", lambda x: F.nll_loss(x, torch.tensor(2)), (4,), label="one example"),
-    case("SmoothL1Loss", lambda x: F.smooth_l1_loss(x, _TARGET, beta=0.0), _S, domain="apart",
-         label="beta of 0"),
+    case(
+        "SmoothL1Loss",
+        lambda x: torch.ops.aten.smooth_l1_loss(x, _TARGET, 1, 0.0),
+        _S,
+        domain="apart",
+        label="beta of 0",
+    ),
 ]
