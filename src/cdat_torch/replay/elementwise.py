@@ -141,7 +141,7 @@ def softplus(node: Node) -> Tensor:
     """F'' = beta s (1 - s), with s the sigmoid of beta x, below the threshold."""
     scaled = node.saved("self") * node.saved("beta")
     s = scaled.sigmoid()
-    return torch.where(scaled > node.saved("threshold"), 0.0, node.saved("beta") * s * (1 - s))
+    return torch.where(scaled < node.saved("threshold"), node.saved("beta") * s * (1 - s), 0.0)
 
 
 @elementwise("HardswishBackward0")

@@ -90,7 +90,7 @@ def smooth_l1_loss(node: Node, difference: Tensor) -> Tensor:
 @loss_of_difference("HuberLossBackward0")
 def huber_loss(node: Node, difference: Tensor) -> Tensor:
     """Rho'' = 1 below delta."""
-    return (difference.abs() <= node.saved("delta")).to(difference.dtype)
+    return (difference.abs() < node.saved("delta")).to(difference.dtype)
 
 
 @loss_of_prediction("BinaryCrossEntropyWithLogitsBackward0")

@@ -141,3 +141,30 @@ def test_arguments_that_a_rule_leaves_out_are_named(function, operation) -> None
     loss = function(*params)
     with pytest.raises(Unsupported, match=operation):
         replay(loss, params, params)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu, F.leaky_relu, F.relu6, F.elu, F.hardswish, F.softplus, torch.abs,
+        lambda x: F.threshold(x, 1.0, 2.0),
+        lambda x: x.clamp(-1, 3),
+        lambda x: x.clamp_min(1),
+        lambda x: x.amax(0),
+        lambda x: x.max(0)[0],
+        lambda x: torch.maximum(x, torch.ones_like(x)),
+        lambda x: F.huber_loss(x, torch.zeros_like(x), reduction="none"),
+        lambda x: F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none"),
+        lambda x: F.softplus(x, 1.0, 3.0),
+    ],
+)  # fmt: skip
+def test_kinks_are_those_of_double_backward(function) -> None:  # type: ignore[no-untyped-def]
+    """Inputs of 0 behind a ReLU are no rare event."""
+    x = torch.tensor([-6.0, -3, -1, 0, 0, 1, 1, 3, 6, 20], dtype=torch.float64, requires_grad=True)
+    u = torch.randn_like(x)
+    loss = lambda: (function(x) * x).square().sum()
+    (g,) = torch.autograd.grad(loss(), x, create_graph=True)
+    (product,) = torch.autograd.grad(g, x, u)
+    slope, curvature, _ = replay(loss(), [x], [u])
+    torch.testing.assert_close(slope, vdot([g], [u]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(curvature, vdot([product], [u]), rtol=1e-12, atol=1e-12)
