@@ -81,8 +81,8 @@ def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent)
     if node.first_order:
         return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None])
     grad_key, grad_value = node.gradient(1), node.gradient(2)
-    if grad_key is None or grad_value is None:
-        grad_key, grad_value = node.vjp(node.adjoint, None)[1:3]
+    if (dk is not None and grad_key is None) or (dv is not None and grad_value is None):
+        grad_key, grad_value = node.vjp(node.adjoint)[1:3]
     with_key = (with_key - _by_shared(grad_key, heads.dk, shared)) / a
     with_value = with_value - _by_shared(grad_value, heads.dv, shared)
     return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None],
@@ -139,7 +139,8 @@ def _probabilities(h: _Heads, rows: slice, seen: int) -> Tensor:
     return p.tril_(rows.start) if h.causal else p
 
 
-def _by_shared(gradient: Tensor | None, tangent: Tensor, shared: int) -> Tensor:
-    """Return <gradient, tangent>, the tangent given for each query head."""
-    assert gradient is not None
+def _by_shared(gradient: Tensor | None, tangent: Tensor, shared: int) -> Tensor | float:
+    """Return <gradient, tangent>, the tangent given for each query head; 0 of a constant."""
+    if gradient is None:
+        return 0.0
     return dot(gradient.reshape(-1, *gradient.shape[-2:]), tangent[::shared])

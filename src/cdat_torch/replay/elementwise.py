@@ -37,9 +37,9 @@ def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node
 
 @linear(
     "ReluBackward0", "LeakyReluBackward0", "LeakyReluBackward1", "ThresholdBackward0",
-    "ThresholdBackward1", "HardtanhBackward0", "HardtanhBackward1", "HardsigmoidBackward0",
-    "AbsBackward0", "ClampBackward0", "ClampMinBackward0", "ClampMaxBackward0", "NegBackward0",
-    "MulBackward1", "DivBackward1",
+    "ThresholdBackward1", "HardtanhBackward0", "HardsigmoidBackward0", "AbsBackward0",
+    "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "NegBackward0", "MulBackward1",
+    "DivBackward1",
 )  # fmt: skip
 def piecewise_linear(node: Node, dx: Tensor) -> Tangent:
     """F'' = 0 where it exists."""
@@ -49,7 +49,7 @@ def piecewise_linear(node: Node, dx: Tensor) -> Tangent:
 @linear("NativeDropoutBackward0")
 def dropout(node: Node, dx: Tensor) -> Tangent:
     """A mask, scaled."""
-    return node.vjp(dx, None)[0]
+    return node.vjp(dx)[0]
 
 
 @elementwise("ExpBackward0")
@@ -143,7 +143,7 @@ def softplus(node: Node) -> Tensor:
     """F'' = beta s (1 - s), with s the sigmoid of beta x, below the threshold."""
     scaled = node.saved("self") * node.saved("beta")
     s = scaled.sigmoid()
-    return torch.where(scaled > node.saved("threshold"), 0.0, node.saved("beta") * s * (1 - s))
+    return torch.where(scaled < node.saved("threshold"), node.saved("beta") * s * (1 - s), 0.0)
 
 
 @elementwise("HardswishBackward0")

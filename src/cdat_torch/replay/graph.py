@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -43,8 +45,9 @@ class Graph:
     Raises
     ------
     Unsupported
-        If an operation between them has neither a rule nor a place among the checked ones, or the
-        loss depends on a parameter beside the outputs.
+        If an operation between them has neither a rule nor a place among the checked ones, if what
+        it has saved comes out of an activation checkpoint, or if the loss depends on a parameter
+        beside the outputs.
     """
 
     def __init__(
@@ -67,6 +70,9 @@ class Graph:
             if reached:
                 if name not in RULES and name not in fallback.CHECKED:
                     msg = f"{name} has no rule"
+                    raise Unsupported(msg)
+                if _is_checkpointed(found):
+                    msg = f"{name} is inside an activation checkpoint, which each rule would repeat"
                     raise Unsupported(msg)
                 active.add(found)
                 self.uses.update(reached)
@@ -100,15 +106,39 @@ class Graph:
                 return False, ()
         return rule.adjoint, rule.gradients
 
-    @property
+    @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         """What tells graphs of different operations apart; sizes do not count."""
-        return tuple((n.name, len(n.shape()), n.first_order) for n in self.nodes)
+        described = [(node.name, node.metadata(), node.first_order) for node in self.nodes]
+        return tuple((name, len(like.shape), like.dtype, f) for name, like, f in described)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of all results; autocast computes in others than the parameters have."""
+        return {dtype for _, _, dtype, _ in self.signature}
 
 
 def rule_of(node: Node) -> Rule:
     """Return the rule for a node, the fallback for operations that have none."""
     return RULES.get(node.name, FALLBACK)
+
+
+def _is_checkpointed(node: Any) -> bool:
+    """Return whether each look at what a node has saved repeats a part of the forward pass.
+
+    Only within one backward pass an activation checkpoint is repeated once for all. All that is
+    saved inside has its hook, so one tensor of each node tells.
+    """
+    kind: Any = type(node)
+    name = _first_saved(kind)
+    found = None if name is None else getattr(node, name)
+    hook = getattr(found, "unpack_hook", None)
+    return getattr(hook, "__module__", "") == "torch.utils.checkpoint"
+
+
+@functools.cache
+def _first_saved(kind: type) -> str | None:
+    return next((name for name in dir(kind) if name.startswith("_raw_saved_")), None)
 
 
 def _inputs_first(root: Any) -> list[Any]:

@@ -30,7 +30,8 @@ def loss_of_difference(*names: str) -> Callable[[Callable[[Node, Tensor], Any]],
         def push(node: Node, dx: Tangent, dt: Tangent = None) -> Pushed:
             moved = (0.0 if dx is None else dx) - (0.0 if dt is None else dt)
             assert isinstance(moved, Tensor)
-            return _reduced(node, moved, factor(node, node.saved("self") - node.saved("target")))
+            difference = node.saved("self") - node.saved("target")
+            return _reduced(node, moved, factor(node, difference), _slope_of_difference(node))
 
         for name in names:
             RULES[name] = Rule(push, adjoint=True)
@@ -46,7 +47,7 @@ def loss_of_prediction(*names: str) -> Callable[[Callable[[Node], Tensor]], Any]
         def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
             if any(other is not None for other in others):
                 return NotImplemented
-            return _reduced(node, dx, factor(node))
+            return _reduced(node, dx, factor(node), node.vjp(torch.ones_like(node.zeros()))[0])
 
         for name in names:
             RULES[name] = Rule(push, adjoint=True)
@@ -55,11 +56,15 @@ def loss_of_prediction(*names: str) -> Callable[[Callable[[Node], Tensor]], Any]
     return register
 
 
-def _reduced(node: Node, moved: Tensor, factor: Any) -> Pushed:
+def _slope_of_difference(node: Node) -> Tangent:
+    """Return rho'; backward computes it for those of the two tensors that are no constants."""
+    of_prediction, of_target = node.vjp(torch.ones_like(node.zeros()))
+    return -of_target if of_prediction is None and of_target is not None else of_prediction
+
+
+def _reduced(node: Node, moved: Tensor, factor: Any, slope: Tangent) -> Pushed:
     """Return what rho' and rho'' along `moved` give; rho' is what backward makes of ones."""
     reduction = node.saved("reduction")
-    ones = torch.ones_like(node.zeros())
-    slope = node.vjp(ones)[0]
     assert slope is not None
     if reduction == _NONE:
         return Pushed(slope * moved, dot(node.adjoint * factor * moved, moved))
@@ -86,7 +91,7 @@ def smooth_l1_loss(node: Node, difference: Tensor) -> Tensor:
 def huber_loss(node: Node, difference: Tensor) -> Tensor:
     """Rho'' = 1 below delta."""
     delta: float = node.saved("delta")
-    return (difference.abs() <= delta).to(difference.dtype)
+    return (difference.abs() < delta).to(difference.dtype)
 
 
 @loss_of_prediction("BinaryCrossEntropyWithLogitsBackward0")

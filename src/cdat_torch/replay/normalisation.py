@@ -25,7 +25,9 @@ _ATEN = torch.ops.aten
 @rule("NativeLayerNormBackward0")
 def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     """Each of the last dimensions together."""
-    x, mean, r = node.saved("input"), node.saved("result1"), node.saved("result2")
+    mean, r = node.saved("result1"), node.saved("result2")
+    x = node.saved("input").to(mean.dtype)  # statistics of half precision are single
+    dx = None if dx is None else dx.to(mean.dtype)
     weight, shape = node.saved("weight"), list(node.saved("normalized_shape"))
     dims = tuple(range(-len(shape), 0))
     normal = (x - mean).mul_(r)
@@ -109,7 +111,7 @@ def _affine(
         y = normal * dw if y is None else torch.addcmul(y, normal, dw)
     if db is not None:
         y = db.expand(node.shape()) if y is None else y + db
-    return (node.zeros() if y is None else y), mixed
+    return (node.zeros() if y is None else y.to(node.metadata().dtype)), mixed
 
 
 def _total(*terms: Tensor | None) -> Tensor | None:
@@ -144,7 +146,7 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         y = torch.addcmul(offset, x, scale) if y is None else y.addcmul_(x, scale).add_(offset)
     elif db is not None:
         y = db.view(shape).expand_as(x) if y is None else y.add_(db.view(shape))
-    return Pushed([y, None, None], second)
+    return Pushed([None if y is None else y.to(x.dtype), None, None], second)
 
 
 def _batch_moments(
