@@ -16,7 +16,7 @@ This is exact for every a; a = |x| / |x'| balances the rounding errors of the tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +30,6 @@ HALF = (torch.bfloat16, torch.float16)
 AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Offset(NamedTuple):
-    """What is added to a product.
-
-    Attributes
-    ----------
-    tangent, gradient : Tensor
-        The tangent of what is added, and the derivative with respect to it.
-    add_product : callable
-        ``(b, x, w) -> b + x w`` in one operation.
-    """
-
-    tangent: Tensor
-    gradient: Tensor
-    add_product: AddProduct
-
-
 def bilinear(
     product: Product,
     add_product: AddProduct,
@@ -54,7 +38,6 @@ def bilinear(
     tangents: tuple[Tangent, Tangent],
     node: Node,
     gradient: Tensor | None,
-    offset: Offset | None = None,
 ) -> tuple[Tangent, Tensor | None]:
     """Return the tangent of ``product(x, w)`` and 2 <lambda, product(x', w')>.
 
@@ -70,8 +53,6 @@ def bilinear(
         For lambda.
     gradient : Tensor or None
         The derivative with respect to w; without it three products are formed.
-    offset : Offset, optional
-        The tangent of something that is added to the product, which is added here for nothing.
     """
     dx, dw = tangents
     if dx is None:
@@ -85,12 +66,8 @@ def bilinear(
         second = 2 * dot(node.adjoint, product(dx, dw))
         return add_product(product(point, dw), dx, w()), second
     a = balance(point, dx)
-    mixed = add_scaled(point, a, dx)
-    part = product(mixed, dw) if offset is None else offset.add_product(offset.tangent, mixed, dw)
-    known = node.inner_product(gradient, dw)
-    if offset is not None:
-        known = known + dot(offset.gradient, offset.tangent)
-    second = (dot(node.adjoint, part) - known) * (2 / a)
+    part = product(add_scaled(point, a, dx), dw)
+    second = (dot(node.adjoint, part) - node.inner_product(gradient, dw)) * (2 / a)
     return add_product(part, dx, add_scaled(w(), -a, dw)), second
 
 
@@ -106,17 +83,10 @@ def bmm(node: Node, dx: Tangent, dw: Tangent) -> Pushed:
     return Pushed(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
 
 
-@rule("AddmmBackward0", gradients=(0, 2), both=(1, 2))
+@rule("AddmmBackward0", gradients=(2,), both=(1, 2))
 def addmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
     """Z = beta b + alpha x w."""
-    gradient = node.gradient(0)
-    simple = node.saved("alpha") == 1 and node.saved("beta") == 1
-    if not simple or gradient is None or db is None or dx is None or dw is None:
-        return _affine(node, "mat1", "mat2", db, dx, dw)
-    if node.gradient(2) is None or dx.dtype in HALF:
-        return _affine(node, "mat1", "mat2", db, dx, dw)
-    offset = Offset(db, gradient, torch.addmm)
-    return Pushed(*_matrix_product(node, "mat1", "mat2", dx, dw, position=2, offset=offset))
+    return _affine(node, "mat1", "mat2", db, dx, dw)
 
 
 @rule("BaddbmmBackward0", gradients=(2,), both=(1, 2))
@@ -145,7 +115,6 @@ def _matrix_product(
     *,
     position: int,
     factor: float = 1,
-    offset: Offset | None = None,
 ) -> tuple[Tangent, Tensor | None]:
     batched = len(node.shape()) == 3
 
@@ -161,7 +130,6 @@ def _matrix_product(
         (dx, dw),
         node,
         node.gradient(position) if factor == 1 else None,
-        offset,
     )
     return z, None if second is None else second * factor
 
