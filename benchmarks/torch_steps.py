@@ -1,23 +1,18 @@
 """What a step costs over a step of plain Adam: time and peak memory, beside other packages.
 
-Contenders take turns, one step each, and the figure is the median over rounds of the ratio within a
-round: on a noisy machine a ratio of neighbours is steadier than one of separate runs. A contender
-that measures in every tenth step is the weighted mean of the two medians. Peak memory is that of
-torch's CPU allocator over the first steps, with model, data and optimizer, from the profiler's
-record of every allocation. Packages that are not installed, and contenders that fail or diverge,
-are left out with a note.
+See `turns` for how time is taken. Peak memory is that of torch's allocator over the first steps,
+with model, data and optimizer; on the CPU it is from the profiler's record of every allocation.
+Packages that are not installed, and contenders that fail or diverge, are left out with a note.
 
     python benchmarks/torch_steps.py [--rounds 20] [--threads 1] [--tasks mlp resnet gpt]
+                                     [--device cpu|cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import platform
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -27,14 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from turns import PERIOD, REFERENCE, WARM_UP, Step, parser, time_ratios
 
 import cdat_torch
 from cdat_core import Measurement, tuners
 from cdat_torch.direction import base_direction
 
-Step = Callable[[], object]
-PERIOD = 10
-WARM_UP = 3
 LR = 1e-3
 
 
@@ -48,6 +41,9 @@ class Task(NamedTuple):
 
     def params(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def to(self, device: str) -> Task:
+        return Task(self.model.to(device), self.x.to(device), self.y.to(device))
 
 
 def mlp() -> Task:
@@ -177,7 +173,7 @@ def through_curvlinops(task: Task) -> Step:
         num_data=len(task.x),
     )
     tuner, space = rule(), cdat_torch.TensorListSpace()
-    state = tuner.init(torch.zeros((), dtype=torch.float64))
+    state = tuner.init(torch.zeros((), dtype=torch.float64, device=task.x.device))
 
     def step() -> None:
         nonlocal state
@@ -230,7 +226,7 @@ def gen(period: int) -> Callable[[Task], Step]:
                     optimizer,
                     tr_iter=source,
                     task="image_cls",
-                    device="cpu",
+                    device=str(task.x.device),
                     lr_factor=[-1, 0, 1],
                 )
             optimizer.step()
@@ -273,7 +269,6 @@ class Contender(NamedTuple):
     period: int = 1
 
 
-REFERENCE = "Adam"
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender(adam),
     "CDAT": Contender(cdat()),
@@ -289,20 +284,42 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def fresh(build: Callable[[], Task], contender: Contender) -> tuple[Task, Step]:
+def fresh(build: Callable[[], Task], contender: Contender, device: str) -> tuple[Task, Step]:
     torch.manual_seed(0)
-    task = build()
-    return task, contender.make(task)
+    task = build().to(device)
+    step = contender.make(task)
+    if device == "cpu":
+        return task, step
+
+    def finished() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return task, finished
 
 
-def peak_memory(build: Callable[[], Task], contender: Contender) -> int:
-    """Return the largest sum of live bytes of the CPU allocator, from the model's birth on."""
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        _, step = fresh(build, contender)
+def peak_memory(build: Callable[[], Task], contender: Contender, device: str) -> int:
+    """Return the largest sum of live bytes of the allocator, from the model's birth on."""
+
+    def first_steps() -> None:
+        _, step = fresh(build, contender, device)
         for _ in range(max(WARM_UP, contender.period + 1)):
             step()
+
+    gc.collect()
+    if device == "cpu":
+        return most_alive(first_steps)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    first_steps()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def most_alive(work: Callable[[], None]) -> int:
+    """Return the largest sum of live bytes of the CPU allocator during `work`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
     inner: Any = profile.profiler
     waiting = list(inner.kineto_results.experimental_event_tree())
     changes: list[tuple[int, int]] = []
@@ -318,37 +335,13 @@ def peak_memory(build: Callable[[], Task], contender: Contender) -> int:
     return peak
 
 
-def time_ratios(steps: dict[str, Step], rounds: int) -> dict[str, str]:
-    """Return the time of a step over that of the reference, with quartiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    found = {}
-    for name, times in seconds.items():
-        period = CONTENDERS[name].period
-        reference = seconds[REFERENCE]
-        pairs = list(enumerate(a / b for a, b in zip(times, reference, strict=True)))[WARM_UP:]
-        if period == 1:
-            low, middle, high = statistics.quantiles([ratio for _, ratio in pairs], n=4)
-            found[name] = f"{middle:.2f} ({low:.2f}-{high:.2f})"
-        else:
-            measuring = statistics.median(ratio for i, ratio in pairs if i % period == 0)
-            others = statistics.median(ratio for i, ratio in pairs if i % period != 0)
-            found[name] = f"{(measuring + (period - 1) * others) / period:.2f}"
-    found[REFERENCE] = f"1 = {1e3 * statistics.median(seconds[REFERENCE][WARM_UP:]):.0f} ms"
-    return found
-
-
-def compare(name: str, rounds: int) -> None:
+def compare(name: str, rounds: int, device: str) -> None:
     build = TASKS[name]
     print(f"\n### {(build.__doc__ or name).rstrip('.')}\n", flush=True)
     peaks: dict[str, int] = {}
     for contender_name, contender in CONTENDERS.items():
         try:
-            peaks[contender_name] = peak_memory(build, contender)
+            peaks[contender_name] = peak_memory(build, contender, device)
         except Exception as error:
             reason = str(error).strip().splitlines()
             print(
@@ -357,8 +350,9 @@ def compare(name: str, rounds: int) -> None:
                 ],
                 file=sys.stderr,
             )
-    runs = {other: fresh(build, CONTENDERS[other]) for other in peaks}
-    times = time_ratios({other: step for other, (_, step) in runs.items()}, rounds)
+    runs = {other: fresh(build, CONTENDERS[other], device) for other in peaks}
+    periods = {other: contender.period for other, contender in CONTENDERS.items()}
+    times = time_ratios({other: step for other, (_, step) in runs.items()}, periods, rounds)
     for other, (task, _) in runs.items():
         if not torch.isfinite(task.loss()):
             print(f"{other} left out: its loss is not finite at the end", file=sys.stderr)
@@ -376,21 +370,18 @@ def compare(name: str, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, help="a multiple of ten")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
-    chosen = parser.parse_args()
-    if chosen.rounds < PERIOD:
-        parser.error(f"--rounds must be at least {PERIOD}, got {chosen.rounds}")
+    options = parser(__doc__, TASKS, rounds=20)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
     print(
-        f"PyTorch {torch.__version__}, {platform.machine()}, {chosen.threads} thread(s), "
-        f"{chosen.rounds} rounds"
+        f"PyTorch {torch.__version__}, {chosen.device}, {platform.machine()}, "
+        f"{chosen.threads} thread(s), {chosen.rounds} rounds"
     )
     for name in chosen.tasks:
-        compare(name, chosen.rounds)
+        compare(name, chosen.rounds, chosen.device)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Slope and curvature of a JAX objective along a direction.
 
 Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges
-its primal with that of the gradient. A ``custom_vjp`` has no forward rule; there the curvature is
-taken from the jvp of the gradient. The Gauss-Newton curvature is that of the loss as a function of
-the model's outputs, along their derivative.
+its primal with that of the gradient, and the tangents, which both jvps compute, are merged here. A
+``custom_vjp`` has no forward rule; there the curvature is taken from the jvp of the gradient. The
+Gauss-Newton curvature is that of the loss as a function of the model's outputs, along their
+derivative.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 import cdat_core
 from cdat_jax.accumulation import micro_batches, over_micro_batches
+from cdat_jax.common_subexpressions import without_repeats
 from cdat_jax.composite import split
 from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 
@@ -184,11 +186,16 @@ Model = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _forward_over_forward(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
-    def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(value_fn, (p,), (direction,))
+    def second_order(p: PyTree, u: PyTree) -> Model:
+        def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
+            return jax.jvp(value_fn, (p,), (u,))
 
-    (value, slope), (_, curvature) = jax.jvp(along, (params,), (direction,))
-    return value, slope, curvature
+        (value, slope), (_, curvature) = jax.jvp(along, (p,), (u,))
+        return value, slope, curvature
+
+    # Both jvps push the same tangents through the model.
+    found: Model = without_repeats(second_order)(params, direction)
+    return found
 
 
 def _forward_over_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
