@@ -89,6 +89,8 @@ class Variant:
         The only input that depends on a parameter; None for all.
     shared : bool
         Whether all inputs are one tensor.
+    chained : bool
+        Whether the later inputs depend on the first one.
     layout : str
         "strided" for inputs and adjoints that are not contiguous, "expanded" for adjoints that
         repeat one number.
@@ -96,6 +98,7 @@ class Variant:
 
     active: int | None = None
     shared: bool = False
+    chained: bool = False
     layout: str = ""
 
 
@@ -104,7 +107,8 @@ def variants(of: Case) -> list[Variant]:
     several = len(of.shapes) > 1
     found = [Variant(), Variant(layout="strided"), Variant(layout="expanded")]
     found += [Variant(active=i) for i in range(len(of.shapes)) if several]
-    found += [Variant(shared=True)] if several and len(set(of.shapes)) == 1 else []
+    if several and len(set(of.shapes)) == 1:
+        found += [Variant(shared=True), Variant(chained=True)]
     return found
 
 
@@ -119,6 +123,8 @@ def problem(of: Case, variant: Variant) -> tuple[Loss, list[Tensor]]:
         given = iter(params)
         w = [next(given) if a else t for t, a in zip(everything, is_active, strict=True)]
         x = [DOMAINS[of.domain](t) for t in w]
+        if variant.chained:
+            x[1:] = [DOMAINS[of.domain](x[0] + t) for t in w[1:]]
         if variant.layout == "strided":
             x = [torch.stack([t, t], -1)[..., 0] if t.dim() < 3 else _rows_apart(t) for t in x]
         found = of.function(*(x * len(of.shapes) if variant.shared else x))
