@@ -73,7 +73,7 @@ def jax(session: nox.Session) -> None:
     pytest(session, "tests/jax")
 
 
-@nox.session
+@nox.session(default=False)
 def jax_ecosystem(session: nox.Session) -> None:
     """Train with Flax, Equinox and Orbax under JAX, on four devices and in two processes."""
     install(session, ".[jax]", "test", "jax_ecosystem")

@@ -273,6 +273,7 @@ CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender(adam),
     "CDAT": Contender(cdat()),
     "CDAT, `every=10`": Contender(cdat(every=PERIOD), PERIOD),
+    "CDAT, `hessian`": Contender(cdat(curvature="hessian")),
     "CDAT, `finite_difference`": Contender(cdat(curvature="finite_difference")),
     "CDAT, `gauss_newton`": Contender(cdat(curvature="gauss_newton", composite=True)),
     "CDAT by curvlinops' Hessian product": Contender(through_curvlinops),

@@ -115,9 +115,12 @@ def tuned(
         apply = None if inverse_sqrt is None else inverse_square_root(inverse_sqrt(base_state))
         scaled, tuner = rescale(apply, direction, state.tuner, params, **extra_args)
         skip = tuner.info.skipped > state.tuner.info.skipped
-        base_state = jax.tree.map(
-            lambda new, old: jnp.where(skip, old, new), base_state, state.base
-        )
+        # Whether the step counts is known only now. The state is computed a second time, which is
+        # elementwise as a rule and happens in place: to keep the first one as well as the old one
+        # until here takes longer, and two copies of the memory.
+        again = jax.lax.optimization_barrier((updates, state.base))  # type: ignore[no-untyped-call]
+        _, base_state = base.update(*again, params, **extra_args)
+        base_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), base_state, again[1])
         factor = learning_rate(state.step) if callable(learning_rate) else learning_rate
         scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), scaled)
         return scaled, TunedState(base_state, tuner, state.step + ~skip)
