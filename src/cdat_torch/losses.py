@@ -292,7 +292,8 @@ class MicroBatches:
                 found = record.recording.along(record.gradient.grads, u)
                 pairs.append(tuple(map(record.unscaled, found)))
             except Unsupported as error:
-                self.ways = given_up(self.ways, error)
+                if BY_NAME[self.ways[0]].recorded:  # else another loss has given it up already
+                    self.ways = given_up(self.ways, error)
                 self._records.append(_differentiated_again(record))
         if self._records:
             product = self._product(along, retain_graph=False)

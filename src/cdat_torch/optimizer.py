@@ -392,12 +392,4 @@ class TunedOptimizer(Optimizer):
         self._skips.add(decision.skip)
         for group in self.param_groups:
             group["tuned_lr"] = decision.rate
-        self.last = StepInfo(
-            value=value,
-            slope=decision.slope,
-            curvature=decision.curvature,
-            sharpness=decision.sharpness,
-            learning_rate=decision.rate,
-            skipped=self._skips.total,
-            method=decision.method,
-        )
+        self.last = decision.info(value, self._skips.total)

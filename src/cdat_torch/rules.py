@@ -16,6 +16,7 @@ from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
 from cdat_torch.methods import ways_named, ways_with_product
 from cdat_torch.spaces import TensorListSpace
+from cdat_torch.step_info import StepInfo
 from cdat_torch.tracking import SharpnessTracker
 from cdat_torch.trial import evaluate_trial
 
@@ -34,6 +35,11 @@ class Decision(NamedTuple):
     def none(cls, like: Tensor) -> Decision:
         """Return the decision to skip a step that could not be measured."""
         return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
+
+    def info(self, value: Tensor | None, skipped: Tensor) -> StepInfo:
+        """Return what the user is told, with the loss and the number of skipped steps."""
+        measured = (self.slope, self.curvature, self.sharpness)
+        return StepInfo(value, *measured, self.rate, skipped, self.method)
 
 
 class TunerRule:

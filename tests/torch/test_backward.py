@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
+from cdat_torch.replay import recording, registry
 from tests.torch.models import mlp
 
 BASES = {
@@ -134,6 +136,25 @@ def test_graphs_are_freed(end, held, rule):
         assert not alive()
     elif end == "step":
         assert alive() == [(24, 3), (24,), ()]  # the log-probabilities, labels, and their number
+
+
+def test_several_losses_that_are_not_replayed_exactly_are_differentiated_twice(monkeypatch):
+    rule = registry.RULES["TanhBackward0"]
+    wrong = lambda *args: rule.push(*args)._replace(second=torch.tensor(1e3))
+    monkeypatch.setitem(registry.RULES, "TanhBackward0", dataclasses.replace(rule, push=wrong))
+    monkeypatch.setattr(recording, "_VERIFIED", set())
+    model, x, y = problem()
+    other = copy.deepcopy(model)
+    ours = CDAT(BASES["sgd"](model.parameters()), sigma=1.0, decay=0.0)
+    theirs = CDAT(BASES["sgd"](other.parameters()), sigma=1.0, decay=0.0, curvature="hessian")
+    for part in (slice(0, 12), slice(12, 24)):
+        ours.backward(F.cross_entropy(model(x[part]), y[part]) / 2)
+    with pytest.warns(UserWarning, match="TanhBackward0") as caught:
+        ours.step()
+    assert len(caught) == 1
+    assert ours.last.method == "hessian"
+    theirs.step(lambda: F.cross_entropy(other(x), y))
+    assert_same_run((model, ours), (other, theirs))
 
 
 def test_zero_grad_discards_a_step_that_did_not_come():
