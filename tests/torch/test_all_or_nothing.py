@@ -20,14 +20,16 @@ from cdat_torch import CompositeLoss, TunedOptimizer, measure, sharpness
 from cdat_torch.interrupts import held, let_through
 
 WAYS: dict[str, dict[str, Any]] = {
-    "hessian": {},
+    "replay": {},
+    "hessian": {"curvature": "hessian"},
     "gauss_newton": {"curvature": "gauss_newton"},
+    "forward mode": {"curvature": "gauss_newton"},
     "finite_difference": {"curvature": "finite_difference"},
     "held rate": {"every": 5},
     "backtracking": {"tuner_or_search": linesearch.backtracking(initial_step_size=1e3)},
     "zoom": {"tuner_or_search": linesearch.zoom(initial_step_size=1e3)},
 }
-SEVERAL_CALLS = ["finite_difference", "gauss_newton", "backtracking", "zoom"]
+SEVERAL_CALLS = ["finite_difference", "forward mode", "backtracking", "zoom"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,10 @@ class Training:
         )
         self.x, self.labels = torch.randn(16, 4), torch.randint(0, 2, (16,))
         options = {"tuner_or_search": tuners.cdat(1.0, initial_learning_rate=0.01), **WAYS[way]}
+        self.curvature = options.get("curvature", "auto")
         self.optimizer = TunedOptimizer(base(self.model.parameters()), **options)
+        if way == "forward mode":
+            self.optimizer._rule.ways = ("gauss_newton",)
         self.calls, self.raises_at = 0, 0
         self.raises: BaseException = Broken()
         self.closure = CompositeLoss(self._outputs, self._loss)
@@ -85,7 +90,7 @@ class Training:
     def measure(self) -> None:
         params = list(self.model.parameters())
         u = [torch.ones_like(p) for p in params]
-        measure(self.closure, params, u, curvature=self.optimizer._rule.ways[0])
+        measure(self.closure, params, u, curvature=self.curvature)
 
     def sharpness(self) -> None:
         sharpness(self.closure, self.model.parameters(), num_matvecs=3)
@@ -190,8 +195,9 @@ class CtrlC:
 MOMENTS = 25
 SWEPT = [
     *((way, "step") for way in WAYS),
-    *((way, "measure") for way in ("hessian", "gauss_newton", "finite_difference")),
+    *((way, "measure") for way in ("replay", "hessian", "gauss_newton", "finite_difference")),
     ("hessian", "sharpness"),
+    ("replay", "backward"),
     ("hessian", "backward"),
 ]
 
