@@ -10,7 +10,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,30 +76,26 @@ def anything_compiled() -> bool:
     return any(backend is not None for backend in backends.values())
 
 
-@contextmanager
-def _other_kernels() -> Iterator[None]:
-    """Replace single operations by equivalents with the derivatives that are missing.
+def _other_kernels() -> AbstractContextManager[None]:
+    """Replace single operations by equivalents with the derivatives that are missing."""
+    return _rebound([*_REPLACEMENTS, *tensor_parallel.replacements()])
 
-    The names under which the layers of PyTorch call them are bound anew. A mode of torch functions
-    would not reach the forward passes that activation checkpointing repeats in the backward.
+
+def recurrent_layers_in_parts() -> AbstractContextManager[None]:
+    """Let recurrent layers leave a graph of simple operations, which can be replayed."""
+    return _rebound(_RECURRENT)
+
+
+@contextmanager
+def _rebound(replacements: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Bind the names anew under which the layers of PyTorch call operations.
+
+    A mode of torch functions would not reach the forward passes that activation checkpointing
+    repeats in the backward.
     """
-    replacements = [*_REPLACEMENTS, *tensor_parallel.replacements()]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     try:
         for owner, name, function in replacements:
-            setattr(owner, name, function)
-        yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
-
-
-@contextmanager
-def recurrent_layers_in_parts() -> Iterator[None]:
-    """Let recurrent layers leave a graph of simple operations, which can be replayed."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _RECURRENT]
-    try:
-        for owner, name, function in _RECURRENT:
             setattr(owner, name, function)
         yield
     finally:

@@ -65,7 +65,7 @@ def evaluated(
         with trace.recorded(buffers=buffers), _outputs(loss_fn, ways) as outputs:
             loss = evaluate(kernels)
         try:
-            return loss, *_differentiated(loss, params, ways, outputs, again=together)
+            return loss, *differentiated(loss, params, ways, outputs=outputs, again=together)
         except Unsupported as error:
             ways = given_up(ways, error)
             trace.undo()
@@ -81,13 +81,14 @@ def _outputs(loss_fn: LossFn, ways: Ways) -> Iterator[list[Any] | None]:
         yield None
 
 
-def _differentiated(
+def differentiated(
     loss: Tensor,
     params: Sequence[Tensor],
     ways: Ways,
-    outputs: list[Any] | None,
     *,
-    again: bool,
+    outputs: list[Any] | None = None,
+    again: bool = True,
+    sync: bool = True,
 ) -> tuple[Differentiated, Ways]:
     """Differentiate for the first way; with `again` for the next one where that does not work."""
     while True:
@@ -97,7 +98,7 @@ def _differentiated(
             with torch.enable_grad():
                 ends = None if outputs is None else tensors_of(outputs)
                 return differentiate(
-                    loss, params, create_graph=twice, record=record, outputs=ends
+                    loss, params, create_graph=twice, record=record, outputs=ends, sync=sync
                 ), ways
         except Unsupported as error:
             if not again:

@@ -19,11 +19,10 @@ from cdat_torch.differentiability import refuse_once_differentiable
 from cdat_torch.differentiation import (
     LossFn,
     check_scalar,
-    differentiate,
     gradients,
     vector_jacobian,
 )
-from cdat_torch.evaluation import given_up
+from cdat_torch.evaluation import differentiated, given_up
 from cdat_torch.fully_sharded import gathered, scattered, spread_out
 from cdat_torch.methods import BY_NAME, Point, Ways
 from cdat_torch.reevaluation import RandomState
@@ -240,25 +239,14 @@ class MicroBatches:
         scale = None if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
         with torch.enable_grad():
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
-            while True:
-                self.ways = ways
-                method = BY_NAME[ways[0]] if ways else None
-                twice = method is not None and method.differentiated_twice
-                record = method is not None and method.recorded
-                try:
-                    variables, found, recording = differentiate(
-                        scaled, params, create_graph=twice, record=record, sync=sync
-                    )
-                    break
-                except Unsupported as error:
-                    ways = given_up(ways, error)
+        (variables, found, recording), self.ways = differentiated(scaled, params, ways, sync=sync)
         with torch.no_grad():
             for p, shared in zip(params, scattered(params, variables, found), strict=True):
                 if shared is not None:
                     # A copy: what clips p.grad must not reach into the graph of the gradient.
                     p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)
             self._value = _value(loss) if self._value is None else self._value + _value(loss)
-        root = scaled if ways else scaled.detach()
+        root = scaled if self.ways else scaled.detach()
         gradient = Gradient.known(params, variables, found)
         self._records.append(_Record(root, gradient, scale, recording))
 
