@@ -51,7 +51,7 @@ class Base:
     @property
     def preconditioned(self) -> bool:
         """Whether the sharpness is that of ``P^-1/2 H P^-1/2`` instead of H."""
-        return self.second_moment is not None
+        return self.builtin and self.second_moment is not None
 
     @property
     def builtin(self) -> bool:

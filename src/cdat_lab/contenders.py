@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,12 @@ def cdat_contender(sigma: float, decay: float) -> Contender:
     memory = f"EMA {decay:g}" if decay else "no EMA"
     name = f"cdat-{sigma:.9g}" + (f"-ema-{decay:g}" if decay else "")
     return Contender(name, f"CDAT {sigma:g} ({memory})", cdat, {"sigma": sigma, "decay": decay})
+
+
+def parse_cdat(name: str) -> Contender | None:
+    """Return the contender that a name like ``cdat-1.5-ema-0.9`` stands for; None for others."""
+    found = re.fullmatch(r"cdat-(\d+(?:\.\d+)?)(?:-ema-(0\.\d+))?", name)
+    return None if found is None else cdat_contender(float(found[1]), float(found[2] or 0.0))
 
 
 CONTENDERS = {

@@ -12,11 +12,11 @@ from cdat_lab.bases import Base
 from cdat_lab.contenders import Contender
 from cdat_lab.tasks import Task
 
-FIRST_MATVECS = 30
-"""Hessian-vector products spent on the first sharpness, from a random vector."""
-
 MATVECS = 8
-"""Hessian-vector products spent on each later sharpness, from the last eigenvector."""
+"""Hessian-vector products for a sharpness, by Lanczos from the last eigenvector."""
+
+FIRST_RESTARTS = 5
+"""How often the first one is restarted, since it begins in a random vector."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,84 @@
+"""Where numbers come from: versions, and digests of the code that made them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from cdat_lab import backends
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Return the versions of Python, of this package and of what the numbers depend on."""
+    names = ("cdat", "array-api-compat", "numpy", "scikit-learn")
+    found = {name: version(name) for name in names}
+    own = backends.BACKENDS[backend].versions()
+    return {"python": platform.python_version()} | found | own
+
+
+def version(package: str) -> str:
+    """Return the version of an installed package, or that it is a source tree on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from a source tree"
+
+
+@functools.cache
+def code_fingerprint(packages: tuple[str, ...]) -> str:
+    """Return a digest of the Python sources of the given packages that are there."""
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.relative_to(folder).as_posix().encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def definition(objects: Iterable[Any]) -> str:
+    """Return a digest of what a user brought: the files in which functions were defined.
+
+    Parameters
+    ----------
+    objects : iterable
+        Functions (or None) and plain values of a task, a base and a contender.
+
+    Returns
+    -------
+    str
+        Empty if all functions are part of this package.
+    """
+    foreign = [o for o in objects if callable(o) and not _own(o)]
+    if not foreign:
+        return ""
+    digest = hashlib.sha256()
+    for function in foreign:
+        digest.update(_source(function))
+    return digest.hexdigest()[:16]
+
+
+def _own(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).split(".")[0] == "cdat_lab"
+
+
+def _source(function: Any) -> bytes:
+    """Return the file that defines a function, or else its own source, or its pickle."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+        if file is not None and Path(file).is_file():
+            return Path(file).read_bytes()
+        return inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        pickled: bytes = cloudpickle.dumps(function)
+        return pickled
