@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -285,6 +286,7 @@ def _train(job: Job, config: RunConfig) -> Run:
     return Run(config.identity(), trajectory.compile_seconds, frame)
 
 
+@functools.lru_cache(maxsize=8)
 def _task(factory: Callable[[int], Task], name: str, seed: int) -> Task:
     task = factory(seed)
     if task.name != name:

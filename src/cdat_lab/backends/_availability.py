@@ -60,8 +60,28 @@ BACKENDS = {
     for backend in (
         Backend("jax", "JAX", ("jax", "optax")),
         Backend("torch", "PyTorch", ("torch",)),
+        Backend("numpy", "NumPy", ("numpy", "autograd")),
     )
 }
+
+
+PACKAGES = {
+    ("prodigy", "jax"): "optax",
+    ("schedule-free", "jax"): "optax",
+    ("prodigy", "torch"): "prodigyopt",
+    ("schedule-free", "torch"): "schedulefree",
+}
+"""Which package has a whole optimizer for a backend."""
+
+
+def package_hindrance(optimizer: str, backend: str) -> str | None:
+    """Return why an optimizer from another package cannot run under a backend, None if it can."""
+    package = PACKAGES.get((optimizer, backend))
+    if package is None:
+        return f"{optimizer} is not available under {backend}"
+    if not _installed(package):
+        return f"{optimizer} needs {package} (pip install {package})"
+    return None
 
 
 def _installed(name: str) -> bool:
