@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from cdat_lab.bases import BASES
 from cdat_lab.model import Simulation
@@ -23,7 +24,7 @@ from cdat_lab.studies import Study, Sweep
 Outcome = Literal["holds", "in part", "does not hold", "unknown"]
 
 ARMIJO, GREEDY, CONSTANT = "armijo", "greedy", "constant"
-CDAT_19, CDAT_2 = "cdat-1.9", "cdat-2-ema-0.9"
+CDAT_19, CDAT_2, CDAT_21 = "cdat-1.9", "cdat-2-ema-0.9", "cdat-2.1-ema-0.9"
 
 STATEMENTS = {
     "A": "Full batch: rules that do best at each step lose to a tuned constant rate, because under "
@@ -104,7 +105,7 @@ def loss_ratio(contender: str, reference: str = CONSTANT) -> Callable[..., float
     """Return the measure of one final loss over another; infinity if the first diverged."""
 
     def measure(of: Callable[[str], Result]) -> float:
-        return _ratio(of(contender).run.final_loss, of(reference).run.final_loss)
+        return _ratio(_final(of(contender)), _final(of(reference)))
 
     return measure
 
@@ -137,6 +138,7 @@ CHECKS = (
     Check("A", "digits", "adam", "greedy: loss over that of the tuned constant", loss_ratio(GREEDY), 1),
     Check("A", "digits", "momentum", "greedy: loss over that of the tuned constant", loss_ratio(GREEDY), 1),
     Check("B", "teacher-student", "rmsprop", "CDAT 2: loss over that of the tuned constant", loss_ratio(CDAT_2), high=0.5),
+    Check("B", "teacher-student", "rmsprop", "CDAT 2.1: loss over that of the tuned constant", loss_ratio(CDAT_21), high=0.5),
     Check("B", "digits", "adam", "CDAT 1.9 without EMA: loss over that of the tuned constant", loss_ratio(CDAT_19), high=0.65),
     Check("B", "digits", "momentum", "CDAT 1.9 without EMA: loss over that of the tuned constant", loss_ratio(CDAT_19), high=0.65),
     Check("B", "digits", "adam", "CDAT 2: loss over that of the tuned constant", loss_ratio(CDAT_2), high=1),
@@ -218,33 +220,49 @@ def spread(values: Sequence[float]) -> str:
     return text
 
 
-def best_sigmas(sweep: Sweep, results: Results, seeds: Sequence[int]) -> list[float]:
-    """Return for each batch size the sigma of lowest final loss, a geometric mean over the seeds.
+def sweep_ratios(
+    sweep: Sweep, results: Results, seeds: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Return final losses over those of the tuned constant rate, shape (sigmas, batch sizes).
 
-    Raises
-    ------
-    KeyError
-        If a run is missing.
+    Parameters
+    ----------
+    sweep : Sweep
+        Which runs.
+    results : mapping of Key to Result
+        Where they are.
+    seeds : sequence of int, optional
+        Over which to take the geometric mean; by default all of the sweep.
+
+    Returns
+    -------
+    ndarray
+        Infinity where a run diverged, NaN where one is missing.
     """
-    best = []
-    for race in sweep.races():
-        losses = [
-            np.mean([np.log(results[race.key(sweep.contender(s), k)].run.final_loss) for k in seeds])
-            for s in sweep.sigmas
-        ]
-        best.append(sweep.sigmas[int(np.argmin(losses))])
-    return best
+    ratios = np.full((len(sweep.sigmas), len(sweep.batch_sizes)), np.nan)
+    for column, race in enumerate(sweep.races()):
+        for row, sigma in enumerate(sweep.sigmas):
+            keys = [
+                (race.key(sweep.contender(sigma), seed), race.key(CONSTANT, seed))
+                for seed in (seeds or sweep.seeds)
+            ]
+            if all(key in results for pair in keys for key in pair):
+                logarithms = [
+                    np.log(_final(results[ours])) - np.log(_final(results[constant]))
+                    for ours, constant in keys
+                ]
+                ratios[row, column] = np.exp(np.mean(logarithms))
+    return ratios
 
 
 def _best_sigma(sweep: Sweep, results: Results) -> Verdict:
     """Say whether the best sigma never falls as the batch grows."""
     setting = f"{sweep.task}, {BASES[sweep.base].label}, mini-batches"
     expected = "the best sigma does not fall as the batch grows, and is not the same for all"
-    try:
-        each = [best_sigmas(sweep, results, [seed]) for seed in sweep.seeds]
-        joint = best_sigmas(sweep, results, sweep.seeds)
-    except KeyError:
+    every = [sweep_ratios(sweep, results, seeds) for seeds in (None, *([s] for s in sweep.seeds))]
+    if any(np.isnan(ratios).any() for ratios in every):
         return Verdict("C", setting, expected, "not measured", "unknown", ())
+    joint, *each = [[sweep.sigmas[i] for i in np.argmin(ratios, axis=0)] for ratios in every]
     sizes = ", ".join("full" if s is None else f"{s}" for s in sweep.batch_sizes)
     rising = sum(_rises(sigmas) for sigmas in each)
     measured = (
@@ -289,6 +307,10 @@ def _joint_model(simulations: Sequence[Simulation]) -> list[Verdict]:
         numbers = [float(value) for value in values]
         found.append(_verdict("D", "joint model", check.expected(), numbers, low, high))
     return found
+
+
+def _final(result: Result) -> float:
+    return math.inf if result.run.diverged else result.run.final_loss
 
 
 def _late(result: Result) -> float:

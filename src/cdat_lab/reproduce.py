@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cdat_lab.claims import STATEMENTS
-from cdat_lab.studies import Study, Sweep, eligible
+from cdat_lab.contenders import CONTENDERS
 from cdat_lab.races import Race
 from cdat_lab.registry import find_task
-from cdat_lab.contenders import CONTENDERS
+from cdat_lab.studies import Study, Sweep, eligible
 
-SHORT = ("constant", "armijo", "greedy", "cdat-1.9", "cdat-2-ema-0.9")
+SHORT = ("constant", "warmup-cosine", "armijo", "greedy", "cdat-1.9", "cdat-2-ema-0.9")
+
 SETTINGS = {
-    ("teacher-student", "gd"): ("A", "B"),
-    ("teacher-student", "rmsprop"): ("A", "B"),
-    ("digits", "adam"): ("A", "B"),
-    ("digits", "momentum"): ("A", "B"),
+    ("teacher-student", "gd"): SHORT,
+    ("teacher-student", "rmsprop"): (*SHORT, "cdat-2.1-ema-0.9"),
+    ("digits", "adam"): SHORT,
+    ("digits", "momentum"): SHORT,
 }
-"""Which claims each race of the short study is about."""
+"""The races of the short study, all about claims A and B, with their contenders."""
 
 BATCH_SIZES = (32, 128, 512, None)
 SIGMAS = (0.5, 1.0, 1.5, 1.9, 2.0, 2.1)
@@ -60,12 +61,13 @@ def study(
     Study
     """
     wanted = tuple(claim for claim in STATEMENTS if not only or claim in only)
-    pairs = [pair for pair, about in SETTINGS.items() if set(about) & set(wanted)]
-    if full and pairs:
-        pairs += MORE
+    settings = dict(SETTINGS) if set(wanted) & {"A", "B"} else {}
+    if full and settings:
+        every = tuple(dict.fromkeys((*CONTENDERS, "cdat-2.1-ema-0.9")))
+        settings = dict.fromkeys((*SETTINGS, *MORE), every)
     races = []
-    for task, base in pairs:
-        names, _ = eligible(tuple(CONTENDERS) if full else SHORT, base=base, backend=backend)
+    for (task, base), contenders in settings.items():
+        names, _ = eligible(contenders, base=base, backend=backend)
         steps = find_task(task)(0).budget(base)
         races.append(Race(task, base, backend, tuple(names), steps, tuple(seeds)))
     sweeps = []

@@ -67,13 +67,12 @@ class Program(NamedTuple):
             min(problem.record_every, problem.steps),
         )
 
-    def loss(self, **data: jax.Array) -> Any:
-        """Return the loss as a function of the parameters alone, a composite of its two parts."""
-        composite = cdat_jax.CompositeLoss(
+    def loss(self) -> cdat_jax.CompositeLoss:
+        """Return the loss as a function of the parameters, and of `inputs` and `targets`."""
+        return cdat_jax.CompositeLoss(
             lambda params, inputs: self.model(jnp, params, inputs),
             lambda outputs, targets: self.criterion(jnp, outputs, targets),
         )
-        return functools.partial(composite, **data)
 
     def solver(self, values: tuple[Any, ...]) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer with its hyperparameters, which may be traced."""
@@ -181,17 +180,16 @@ def _loop(
     number: jax.Array,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Take `number` steps; return the new carry and what was measured, in rows."""
-    solver = program.solver(values)
+    solver, loss = program.solver(values), program.loss()
     wide = jnp.zeros(program.length)
     empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
 
     def step(index: Any, moving: Any) -> Any:
         (params, state), columns = moving
         batch = data if rows is None else {k: jnp.take(x, rows[index], 0) for k, x in data.items()}
-        loss = program.loss(**batch)
-        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.value_and_grad(loss)(params, **batch)
         updates, state = solver.update(
-            grads, state, params, value=value, grad=grads, value_fn=loss
+            grads, state, params, value=value, grad=grads, value_fn=loss, **batch
         )
         measured = (value, *_shown(program, state))
         columns = tuple(c.at[index].set(m) for c, m in zip(columns, measured, strict=True))
@@ -214,7 +212,7 @@ def _shown(program: Program, state: Any) -> tuple[Any, ...]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _full_loss(program: Program, state: Any, params: Params, data: dict[str, jax.Array]) -> Any:
-    return program.loss(**data)(program.evaluated(state, params))
+    return program.loss()(program.evaluated(state, params), **data)
 
 
 @functools.lru_cache(maxsize=16)
