@@ -1,1 +1,12 @@
-"""The reproduction suite: tasks, runs, comparisons and reports, behind the command ``cdat``."""
+"""The laboratory: races between rules for the learning rate, and the paper's claims with verdicts.
+
+A task, a rule or a base optimizer of one's own joins by `register_task`, `register_contender` and
+`register_base`; the command line is ``cdat``.
+"""
+
+from cdat_lab.bases import Base
+from cdat_lab.contenders import Contender
+from cdat_lab.registry import register_base, register_contender, register_task
+from cdat_lab.tasks import Task
+
+__all__ = ["Base", "Contender", "Task", "register_base", "register_contender", "register_task"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing import current_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import joblib
 
@@ -177,8 +177,8 @@ def execute(
     -------
     dict of Key to Result
     """
-    queue = sorted(jobs, key=lambda job: -job.expected_steps)
-    by_key = {job.key: job for job in queue}
+    jobs = list(jobs)
+    by_key = {job.key: job for job in jobs}
     parallel = joblib.Parallel(
         n_jobs=processes,
         return_as="generator_unordered",
@@ -186,10 +186,32 @@ def execute(
         pre_dispatch=2 * processes,
     )
     results: dict[Key, Result] = {}
-    for result in parallel(joblib.delayed(run_job)(job, folder, resume=resume) for job in queue):
-        results[result.key] = result
-        finished(by_key[result.key], result)
+    groups = _groups(jobs, processes)
+    for group in parallel(joblib.delayed(_run_group)(jobs, folder, resume) for jobs in groups):
+        for result in group:
+            results[result.key] = result
+            finished(by_key[result.key], result)
     return results
+
+
+def _groups(jobs: list[Job], processes: int) -> list[list[Job]]:
+    """Return jobs that share a compiled program together, so that one process compiles it once.
+
+    Where that leaves processes idle each job is on its own. The longest group comes first.
+    """
+    by_program: dict[Any, list[Job]] = {}
+    for job in jobs:
+        c = job.contender
+        program = (job.key._replace(contender="", seed=0), c.rule, c.curvature, c.optimizer)
+        by_program.setdefault(program, []).append(job)
+    groups = list(by_program.values())
+    if len(groups) < 2 * processes:
+        groups = [[job] for job in jobs]
+    return sorted(groups, key=lambda group: -sum(job.expected_steps for job in group))
+
+
+def _run_group(jobs: list[Job], folder: Path, resume: bool) -> list[Result]:
+    return [run_job(job, folder, resume=resume) for job in jobs]
 
 
 def collect(jobs: Iterable[Job], folder: Path) -> dict[Key, Result]:

@@ -16,11 +16,14 @@ from rich.text import Text
 
 from cdat_lab import claims, registry, table
 from cdat_lab.backends import Problem
-from cdat_lab.races import Job, Result
+from cdat_lab.races import Job, Race, Result
 from cdat_lab.studies import Findings, Sweep
 
 PLAIN_WIDTH = 118
 """Characters in a line where the output is no terminal."""
+
+WIDE_ONLY = {"tuning runs", "skipped"}
+"""Columns that are left out on a terminal with shorter lines than that."""
 
 SIGNS = {"holds": "+", "in part": "~", "does not hold": "-", "unknown": "?"}
 STYLES = {"holds": "green", "in part": "yellow", "does not hold": "red", "unknown": "dim"}
@@ -134,6 +137,26 @@ def show_sharpness(console: Console, problem: Problem, frame: pl.DataFrame) -> N
     console.print(shown)
     if base.edge is not None:
         console.print(f"edge of stability: rate x sharpness = {base.edge:.3g}", markup=False)
+
+
+def _race_table(findings: Findings, race: Race, *, wide: bool) -> Table:
+    """Return the table of a race; on a narrow terminal some columns are left out."""
+    base = registry.find_base(race.base)
+    seeds = f"seed {race.seeds[0]}" if len(race.seeds) == 1 else f"{len(race.seeds)} seeds"
+    shown = _table(
+        f"{race.task}, {base.label}, {table.batch(race.batch_size)}, {race.backend}: "
+        f"{race.steps} steps, {seeds}"
+    )
+    headings = table.headings(base)
+    kept = [i for i, heading in enumerate(headings) if wide or heading not in WIDE_ONLY]
+    for index in kept:
+        right = index in table.NUMBERS
+        shown.add_column(headings[index], justify="right" if right else "left", overflow="fold")
+    for row in table.results(findings, race).iter_rows(named=True):
+        cells = table.cells(row, base)
+        style = "bold" if row["lowest"] else ""
+        shown.add_row(*(Text(cells[index]) for index in kept), style=style)
+    return shown
 
 
 def _verdict_table(findings: Findings) -> Table:

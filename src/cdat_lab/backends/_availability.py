@@ -39,6 +39,11 @@ class Backend:
     label: str
     requires: tuple[str, ...]
 
+    @property
+    def extra(self) -> str:
+        """The extra of this package that brings what is required."""
+        return "lab" if self.name == "numpy" else self.name
+
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
         return [name for name in self.requires if not _installed(name)]
@@ -51,7 +56,7 @@ class Backend:
         """Return one phrase: the version, or how to install it."""
         missing = self.missing()
         if missing:
-            return f'{" and ".join(missing)} not installed (pip install "cdat[{self.name}]")'
+            return f'{" and ".join(missing)} not installed (pip install "cdat[{self.extra}]")'
         return ", ".join(f"{name} {version}" for name, version in self.versions().items())
 
 
