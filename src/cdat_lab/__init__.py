@@ -1,12 +1,13 @@
 """The laboratory: races between rules for the learning rate, and the paper's claims with verdicts.
 
-A task, a rule or a base optimizer of one's own joins by `register_task`, `register_contender` and
+`compare` is the way in from Python. A task, a rule or a base optimizer of one's own joins by `register_task`, `register_contender` and
 `register_base`; the command line is ``cdat``.
 """
 
 from cdat_lab.bases import Base
+from cdat_lab.comparison import compare
 from cdat_lab.contenders import Contender
 from cdat_lab.registry import register_base, register_contender, register_task
 from cdat_lab.tasks import Task
 
-__all__ = ["Base", "Contender", "Task", "register_base", "register_contender", "register_task"]
+__all__ = ["Base", "Contender", "Task", "compare", "register_base", "register_contender", "register_task"]

@@ -66,7 +66,7 @@ def reopen(folder: Path) -> Findings:
         f"{missing} of {len(jobs)} results are missing or come from another version; "
         f"`{study.command} --resume` makes them"
     )
-    return dataclasses.replace(findings, notices=(*findings.notices, notice))
+    return findings.noted(notice)
 
 
 def gather(study: Study, results: Results, folder: Path) -> Findings:

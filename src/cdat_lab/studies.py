@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cdat_lab import backends, registry
@@ -122,6 +122,10 @@ class Findings:
         """Return the results of a contender that are there, in the order of the seeds."""
         keys = (race.key(contender, seed) for seed in race.seeds)
         return [self.results[key] for key in keys if key in self.results]
+
+    def noted(self, *notices: str) -> Findings:
+        """Return the same with further notices, each once."""
+        return replace(self, notices=tuple(dict.fromkeys((*notices, *self.notices))))
 
     def first(self) -> Result | None:
         """Return any result, for the versions that all share; None if there is none."""

@@ -100,7 +100,7 @@ def test_a_tuned_rate_is_chosen_inside_its_grid_and_run_again_with_the_sharpness
     assert result.grid is not None
     assert result.grid.rates[result.grid.best] == 0.25
     assert not result.grid.at_edge
-    assert {0.25 / 2**0.5, 0.25 * 2**0.5} <= set(result.grid.rates)
+    assert {2.0**-2.5, 2.0**-1.5} <= set(result.grid.rates)
     assert [problem.sharpness for problem in trained] == [False] * len(result.grid.rates) + [True]
     assert len(result.files) == len(set(result.files)) == len(trained)
 

@@ -8,21 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cdat_lab import registry
+from cdat_lab import comparison, registry
 from cdat_lab.cli import _options, _session
-from cdat_lab.claims import STATEMENTS
-from cdat_lab.races import Race
-from cdat_lab.studies import Study, eligible
-
-DEFAULT_BASES = ("adam", "momentum")
-DEFAULT_CONTENDERS = (
-    "constant",
-    "warmup-cosine",
-    "armijo",
-    "greedy",
-    "cdat-1.9",
-    "cdat-2-ema-0.9",
-)
 
 
 def compare(
@@ -71,57 +58,38 @@ def compare(
     `cdat compare spiral --with spiral.py --backend torch --batch-size 64`
     """
     _options.load_files(with_)
-    factory = _options.checked("TASK", registry.find_task, task)
-    problem = factory(seed)
-    names = contender or list(DEFAULT_CONTENDERS)
-    if names == ["all"]:
-        names = list(registry.CONTENDERS)
-    names = [_options.checked("--contender", registry.find_contender, n).name for n in names]
-    if batch_size is not None and batch_size > len(problem.inputs):
-        raise typer.BadParameter(
-            f"must be at most {len(problem.inputs)}, the rows of {task}, got {batch_size}",
-            param_hint="--batch-size",
-        )
-    races, notices = [], []
-    for backend_name in _options.several_backends(backend):
-        for base_name in dict.fromkeys(base or DEFAULT_BASES):
-            _options.checked("--base", registry.find_base, base_name)
-            kept, left_out = eligible(dict.fromkeys(names), base=base_name, backend=backend_name)
-            notices += left_out
-            if not kept:
-                continue
-            races.append(
-                Race(
-                    task=task,
-                    base=base_name,
-                    backend=backend_name,
-                    contenders=tuple(kept),
-                    steps=steps or problem.budget(base_name),
-                    seeds=tuple(range(seed, seed + seeds)),
-                    batch_size=batch_size,
-                )
-            )
-    if not races:
-        _options.fail(f"nothing to run: {'; '.join(dict.fromkeys(notices))}")
-    folder = out or Path("cdat-results") / task
+    _options.checked("TASK", registry.find_task, task)
+    for name in base or ():
+        _options.checked("--base", registry.find_base, name)
+    names = contender or comparison.CONTENDERS
+    names = tuple(registry.CONTENDERS) if "all" in names else names
+    for name in names:
+        _options.checked("--contender", registry.find_contender, name)
     arguments = [task, "--backend", backend, "--seed", str(seed), "--seeds", str(seeds)]
     for option, values in (("--base", base), ("--contender", contender), ("--with", with_)):
         for value in values or ():
             arguments += [option, str(value)]
     for option, number in (("--steps", steps), ("--batch-size", batch_size)):
         arguments += [option, str(number)] if number else []
-    study = Study(
-        title=f"Learning-rate tuners on {task}",
-        command=f"cdat compare {shlex.join(arguments)}",
-        races=tuple(sorted(races, key=lambda race: race.base != races[0].base)),
-        claims=tuple(STATEMENTS),
+    plan, notices = _options.checked(
+        "--batch-size" if batch_size else "TASK",
+        lambda: comparison.study(
+            task,
+            bases=base or comparison.BASES,
+            contenders=names,
+            backend_names=_options.several_backends(backend),
+            steps=steps,
+            batch_size=batch_size,
+            seeds=range(seed, seed + seeds),
+            command=f"cdat compare {shlex.join(arguments)}",
+        ),
     )
     _session.carry_out(
-        study,
-        folder,
+        plan,
+        out or Path("cdat-results") / task,
         jobs=jobs,
         resume=resume,
         quiet=quiet,
         dask=dask,
-        notices=tuple(dict.fromkeys(notices)),
+        notices=notices,
     )

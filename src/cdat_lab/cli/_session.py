@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,8 +55,7 @@ def carry_out(
         )
         raise typer.Exit(_options.INTERRUPTED) from None
     agreed = agreement(findings)
-    added = (*notices, *findings.notices, *([agreed] if agreed else []))
-    findings = dataclasses.replace(findings, notices=added)
+    findings = findings.noted(*notices, *([agreed] if agreed else []))
     present(findings, folder, quiet=quiet)
     return findings
 
