@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +26,14 @@ SEED = 3
 Evaluation = tuple[float, list[np.ndarray]]
 
 
+@functools.cache
+def made(name: str, seed: int) -> Task:
+    return tasks.TASKS[name](seed)
+
+
 @pytest.fixture(params=NAMES)
 def task(request: pytest.FixtureRequest) -> Task:
-    return tasks.load(request.param, SEED)
+    return made(request.param, SEED)
 
 
 def perturbed(task: Task, step: float, direction: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
@@ -132,22 +138,10 @@ def arrays(task: Task) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_says_how_long_a_run_is(name: str) -> None:
-    task = tasks.load(name, SEED)
+    task = made(name, SEED)
     assert set(task.steps) == set(BASES)
     assert all(steps >= 100 for steps in task.steps.values())
     assert str(len(task.inputs)) in task.description
-
-
-def test_tasks_are_kept_and_taken_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tasks.load("digits", SEED) is tasks.load("digits", SEED)
-    mine = tasks.load("deep-linear", SEED)
-    monkeypatch.setitem(tasks.TASKS, "digits", lambda seed: mine)
-    assert tasks.load("digits", SEED) is mine
-
-
-def test_an_unknown_task_is_refused_with_the_names_of_the_others() -> None:
-    with pytest.raises(ValueError, match="name must be one of characters, .*got 'digit'"):
-        tasks.load("digit", 0)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "Digits", "-x", ".x", "a b", "a" * 65])
@@ -179,7 +173,7 @@ def small_task(**changes: Any) -> Task:
 
 
 def test_the_smoothed_cross_entropy_has_the_infimum_0() -> None:
-    task = tasks.load("digits-cross-entropy", SEED)
+    task = made("digits-cross-entropy", SEED)
     assert set(np.round(task.targets, 12).ravel()) == {0.01, 0.91}
     xp = array_api_compat.numpy
     assert abs(task.criterion(xp, np.log(task.targets), task.targets)) < 1e-15
@@ -210,7 +204,7 @@ def test_the_data_of_the_teacher() -> None:
 
 def test_a_convolution_without_overlap_is_one() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    task = tasks.load("patches", SEED)
+    task = made("patches", SEED)
     first, bias, second, second_bias, last, last_bias = map(torch.tensor, task.params)
     hidden = torch.tensor(task.inputs).permute(0, 3, 1, 2)
     for weights, shift, side in ((first, bias, 4), (second, second_bias, 2)):
@@ -236,7 +230,7 @@ def test_a_patch_comes_from_the_quarter_that_is_its_target(monkeypatch: pytest.M
 def test_the_transformer_is_the_usual_one() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     functional = torch.nn.functional
-    task = tasks.load("characters", SEED)
+    task = made("characters", SEED)
     generator = np.random.default_rng(0)
     params = [p + 0.1 * generator.standard_normal(p.shape) for p in task.params]
     found = task.model(array_api_compat.numpy, params, task.inputs)
@@ -257,7 +251,7 @@ def test_the_transformer_is_the_usual_one() -> None:
 
 
 def test_the_characters_are_those_of_a_text() -> None:
-    task = tasks.load("characters", SEED)
+    task = made("characters", SEED)
     inputs, targets = task.inputs.argmax(axis=-1), task.targets.argmax(axis=-1)
     assert np.array_equal(inputs[:, 1:], targets[:, :-1])
     text = "".join(_characters.ALPHABET[code] for code in inputs[0])

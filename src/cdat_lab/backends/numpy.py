@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from autograd.builtins import tuple as traced_tuple
-from autograd.differential_operators import make_hvp, make_jvp, make_vjp, value_and_grad
+from autograd.differential_operators import make_hvp, make_vjp, value_and_grad
 from numpy.typing import NDArray
 
 from cdat_core import (
@@ -159,7 +159,11 @@ class Objective:
 
     def gauss_newton(self, params: Params, direction: Params) -> Any:
         """Return <J u, H_out J u>: the curvature if the model were linear in its weights."""
-        outputs, change = make_jvp(self.outputs)(params)(direction)
+        # Linear in its argument, the pullback of the pullback is the push-forward; forward mode
+        # has no rule for some of the functions that reverse mode has one for.
+        pull_back, outputs = make_vjp(self.outputs)(params)
+        push_forward, _ = make_vjp(pull_back)(np.zeros_like(outputs))
+        change = push_forward(direction)
         product, _ = make_hvp(lambda z: self.task.criterion(xp, z, self.targets))(outputs)
         return np.sum(change * product(change))
 

@@ -13,7 +13,7 @@ from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
 ALPHABET = " ',.abcdefghijklmnopqrstuvwxyz"
 LENGTH_OF_TEXT = 16384
-SAMPLES, CONTEXT = 64, 24
+SAMPLES, CONTEXT = 32, 16
 WIDTH, HEADS, LAYERS = 32, 2, 1
 ARRAYS_PER_LAYER = 10
 
@@ -29,7 +29,7 @@ def characters(seed: int) -> Task:
     Parameters
     ----------
     seed : int
-        Seed of the choice of 64 windows of 24 characters and of the weights, >= 0.
+        Seed of the choice of 32 windows of 16 characters and of the weights, >= 0.
 
     Returns
     -------
