@@ -92,7 +92,7 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
     for step in range(problem.steps + 1):
         if step in record_steps:
             found = float("nan")
-            if problem.sharpness and (state.count > 0 or not base.preconditioned):
+            if problem.sharpness and (state.step > 0 or not base.preconditioned):
                 found = sharpness.measure(whole.hvp(params), inverse_sqrt(base, state))
             records.append((float(whole.value(params)), found, seconds))
         if step == problem.steps:
@@ -171,7 +171,7 @@ class Objective:
 class BaseState(NamedTuple):
     """What a base optimizer remembers: steps taken, first and second moment of the gradient."""
 
-    count: int
+    step: int
     first: Params
     second: Params
 
@@ -184,7 +184,7 @@ def start(base: Base, params: Params) -> BaseState:
 
 def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseState]:
     """Return the update at learning rate 1 and the state after it."""
-    count, beta = state.count + 1, base.momentum
+    count, beta = state.step + 1, base.momentum
     if base.second_moment is None:
         first = tuple(beta * m + g for m, g in zip(state.first, grads, strict=True))
         return tuple(-m for m in first), BaseState(count, first, ())
@@ -201,7 +201,7 @@ def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseSt
 def preconditioner(base: Base, state: BaseState) -> Params:
     """Return the diagonal P of the last update ``-P^-1 m``, m the corrected first moment."""
     assert base.second_moment is not None
-    correction = 1 - base.second_moment**state.count
+    correction = 1 - base.second_moment**state.step
     return tuple(np.sqrt(v / correction) + base.eps for v in state.second)
 
 
