@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import sklearn.datasets
 from scipy.special import log_softmax
 
+from cdat_core import TupleSpace, top_eigenvalues
 from cdat_lab import tasks
 from cdat_lab.backends import numpy as numpy_backend
 from cdat_lab.bases import BASES
@@ -25,9 +27,14 @@ SEED = 3
 Evaluation = tuple[float, list[np.ndarray]]
 
 
+@functools.cache
+def made(name: str, seed: int) -> Task:
+    return tasks.TASKS[name](seed)
+
+
 @pytest.fixture(params=NAMES)
 def task(request: pytest.FixtureRequest) -> Task:
-    return tasks.load(request.param, SEED)
+    return made(request.param, SEED)
 
 
 def perturbed(task: Task, step: float, direction: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
@@ -52,11 +59,8 @@ def by_jax(task: Task, params: tuple[np.ndarray, ...]) -> Evaluation:
     import jax.numpy as jnp
 
     with jax.enable_x64(True):
-        arrays = [jnp.asarray(p) for p in params]
-        inputs, targets = jnp.asarray(task.inputs), jnp.asarray(task.targets)
-        value, grads = jax.jit(jax.value_and_grad(lambda p: task.loss(jnp, p, inputs, targets)))(
-            arrays
-        )
+        evaluate = jax.jit(jax.value_and_grad(functools.partial(task.loss, jnp)))
+        value, grads = evaluate(params, task.inputs, task.targets)
         return float(value), [np.asarray(g) for g in grads]
 
 
@@ -132,22 +136,10 @@ def arrays(task: Task) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_says_how_long_a_run_is(name: str) -> None:
-    task = tasks.load(name, SEED)
+    task = made(name, SEED)
     assert set(task.steps) == set(BASES)
     assert all(steps >= 100 for steps in task.steps.values())
     assert str(len(task.inputs)) in task.description
-
-
-def test_tasks_are_kept_and_taken_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tasks.load("digits", SEED) is tasks.load("digits", SEED)
-    mine = tasks.load("deep-linear", SEED)
-    monkeypatch.setitem(tasks.TASKS, "digits", lambda seed: mine)
-    assert tasks.load("digits", SEED) is mine
-
-
-def test_an_unknown_task_is_refused_with_the_names_of_the_others() -> None:
-    with pytest.raises(ValueError, match="name must be one of characters, .*got 'digit'"):
-        tasks.load("digit", 0)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "Digits", "-x", ".x", "a b", "a" * 65])
@@ -179,7 +171,7 @@ def small_task(**changes: Any) -> Task:
 
 
 def test_the_smoothed_cross_entropy_has_the_infimum_0() -> None:
-    task = tasks.load("digits-cross-entropy", SEED)
+    task = made("digits-cross-entropy", SEED)
     assert set(np.round(task.targets, 12).ravel()) == {0.01, 0.91}
     xp = array_api_compat.numpy
     assert abs(task.criterion(xp, np.log(task.targets), task.targets)) < 1e-15
@@ -210,7 +202,7 @@ def test_the_data_of_the_teacher() -> None:
 
 def test_a_convolution_without_overlap_is_one() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    task = tasks.load("patches", SEED)
+    task = made("patches", SEED)
     first, bias, second, second_bias, last, last_bias = map(torch.tensor, task.params)
     hidden = torch.tensor(task.inputs).permute(0, 3, 1, 2)
     for weights, shift, side in ((first, bias, 4), (second, second_bias, 2)):
@@ -236,7 +228,7 @@ def test_a_patch_comes_from_the_quarter_that_is_its_target(monkeypatch: pytest.M
 def test_the_transformer_is_the_usual_one() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     functional = torch.nn.functional
-    task = tasks.load("characters", SEED)
+    task = made("characters", SEED)
     generator = np.random.default_rng(0)
     params = [p + 0.1 * generator.standard_normal(p.shape) for p in task.params]
     found = task.model(array_api_compat.numpy, params, task.inputs)
@@ -252,21 +244,42 @@ def test_the_transformer_is_the_usual_one() -> None:
     normalised = functional.layer_norm(hidden, hidden.shape[-1:], gain_2, shift_2)
     inner = functional.gelu(normalised @ into + bias, approximate="tanh")
     hidden = hidden + inner @ out_of + bias_2
-    expected = functional.layer_norm(hidden, hidden.shape[-1:], gain, shift) @ readout
+    expected = (functional.layer_norm(hidden, hidden.shape[-1:], gain, shift) @ readout)[:, 4:]
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-12)
 
 
 def test_the_characters_are_those_of_a_text() -> None:
-    task = tasks.load("characters", SEED)
+    task = made("characters", SEED)
     inputs, targets = task.inputs.argmax(axis=-1), task.targets.argmax(axis=-1)
-    assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+    assert np.array_equal(inputs[:, 5:], targets[:, :-1])
     text = "".join(_characters.ALPHABET[code] for code in inputs[0])
     assert text in _characters._text()
     assert len(_characters._text()) == 16384
 
 
 def test_the_sharpness_of_the_teacher_task_grows_ten_fold() -> None:
-    task = teacher_student(11)
-    objective = numpy_backend.Objective(task)
+    """Under gradient descent, and that below its edge of stability."""
+    jax = pytest.importorskip("jax", reason="jax is not installed, and it trains 1500 steps")
+    import jax.numpy as jnp
+
+    task, rate = teacher_student(11), 0.08
+
+    def trained(params: Any, inputs: Any, targets: Any) -> Any:
+        gradient = jax.grad(lambda params: task.loss(jnp, params, inputs, targets))
+
+        def step(_: Any, params: Any) -> Any:
+            return jax.tree.map(lambda p, g: p - rate * g, params, gradient(params))
+
+        return jax.lax.fori_loop(0, 1500, step, params)
+
+    with jax.enable_x64(True):
+        last = jax.jit(trained)(task.params, task.inputs, task.targets)
+    before, after = sharpness(task, task.params), sharpness(task, tuple(map(np.asarray, last)))
+    assert 10 * before < after < 2 / rate
+
+
+def sharpness(task: Task, params: tuple[np.ndarray, ...]) -> float:
     generator = np.random.default_rng(0)
-    probe = tuple(generator.standard_normal(p.shape) for p in task.params)
+    probe = tuple(generator.standard_normal(p.shape) for p in params)
+    hvp = numpy_backend.Objective(task).hvp(params)
+    return float(top_eigenvalues(hvp, probe, num_matvecs=30, space=TupleSpace()).values[0])

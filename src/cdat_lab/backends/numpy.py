@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from autograd.builtins import tuple as traced_tuple
-from autograd.differential_operators import make_hvp, make_jvp, make_vjp, value_and_grad
+from autograd.differential_operators import make_hvp, make_vjp, value_and_grad
 from numpy.typing import NDArray
 
 from cdat_core import (
@@ -92,7 +92,7 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
     for step in range(problem.steps + 1):
         if step in record_steps:
             found = float("nan")
-            if problem.sharpness and (state.count > 0 or not base.preconditioned):
+            if problem.sharpness and (state.step > 0 or not base.preconditioned):
                 found = sharpness.measure(whole.hvp(params), inverse_sqrt(base, state))
             records.append((float(whole.value(params)), found, seconds))
         if step == problem.steps:
@@ -159,7 +159,11 @@ class Objective:
 
     def gauss_newton(self, params: Params, direction: Params) -> Any:
         """Return <J u, H_out J u>: the curvature if the model were linear in its weights."""
-        outputs, change = make_jvp(self.outputs)(params)(direction)
+        # Linear in its argument, the pullback of the pullback is the push-forward; forward mode
+        # has no rule for some of the functions that reverse mode has one for.
+        pull_back, outputs = make_vjp(self.outputs)(params)
+        push_forward, _ = make_vjp(pull_back)(np.zeros_like(outputs))
+        change = push_forward(direction)
         product, _ = make_hvp(lambda z: self.task.criterion(xp, z, self.targets))(outputs)
         return np.sum(change * product(change))
 
@@ -167,7 +171,7 @@ class Objective:
 class BaseState(NamedTuple):
     """What a base optimizer remembers: steps taken, first and second moment of the gradient."""
 
-    count: int
+    step: int
     first: Params
     second: Params
 
@@ -180,7 +184,7 @@ def start(base: Base, params: Params) -> BaseState:
 
 def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseState]:
     """Return the update at learning rate 1 and the state after it."""
-    count, beta = state.count + 1, base.momentum
+    count, beta = state.step + 1, base.momentum
     if base.second_moment is None:
         first = tuple(beta * m + g for m, g in zip(state.first, grads, strict=True))
         return tuple(-m for m in first), BaseState(count, first, ())
@@ -197,7 +201,7 @@ def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseSt
 def preconditioner(base: Base, state: BaseState) -> Params:
     """Return the diagonal P of the last update ``-P^-1 m``, m the corrected first moment."""
     assert base.second_moment is not None
-    correction = 1 - base.second_moment**state.count
+    correction = 1 - base.second_moment**state.step
     return tuple(np.sqrt(v / correction) + base.eps for v in state.second)
 
 

@@ -28,11 +28,11 @@ def deep_linear(seed: int) -> Task:
     Returns
     -------
     Task
-        32 Gaussian inputs, the deviation of the k-th is ``k**-0.5``; the 8 targets are a random
+        32 Gaussian inputs, the deviation of the k-th is ``k**-1.5``; the 8 targets are a random
         linear map of them, so the infimum of the loss is 0.
     """
     generator = np.random.default_rng(seed)
-    inputs = generator.standard_normal((SAMPLES, INPUTS)) * np.arange(1, INPUTS + 1) ** -0.5
+    inputs = generator.standard_normal((SAMPLES, INPUTS)) * np.arange(1, INPUTS + 1) ** -1.5
     sizes = (INPUTS, *[WIDTH] * (DEPTH - 1), OUTPUTS)
     return Task(
         name="deep-linear",
@@ -46,5 +46,5 @@ def deep_linear(seed: int) -> Task:
         params=tuple(INITIAL * normal(generator, shape) for shape in itertools.pairwise(sizes)),
         model=linear_network,
         criterion=squared_loss,
-        steps={"adam": 600, "momentum": 600, "rmsprop": 600, "gd": 1000},
+        steps={"adam": 400, "momentum": 600, "rmsprop": 600, "gd": 1000},
     )

@@ -9,7 +9,7 @@ import numpy as np
 from cdat_lab.tasks._networks import gelu, normal, squared_loss
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
-SAMPLES, SIDE = 512, 16
+SAMPLES, SIDE = 256, 16
 FIRST, SECOND = 4, 2  # sides of the squares that become one
 CHANNELS = (3, 16, 32)
 QUADRANTS = 4
@@ -24,12 +24,12 @@ def patches(seed: int) -> Task:
     Parameters
     ----------
     seed : int
-        Seed of the places of the 512 pieces and of the weights, >= 0.
+        Seed of the places of the 256 pieces and of the weights, >= 0.
 
     Returns
     -------
     Task
-        Inputs of shape (512, 16, 16, 3), all pixels together with mean 0 and mean square 1; 8
+        Inputs of shape (256, 16, 16, 3), all pixels together with mean 0 and mean square 1; 8
         one-hot targets, each as often as the others.
     """
     from sklearn.datasets import load_sample_images
