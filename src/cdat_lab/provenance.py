@@ -34,15 +34,19 @@ def version(package: str) -> str:
 
 
 @functools.cache
-def code_fingerprint(packages: tuple[str, ...]) -> str:
-    """Return a digest of the Python sources of the given packages that are there."""
+def code_fingerprint(modules: tuple[str, ...]) -> str:
+    """Return a digest of the Python sources of the given modules and packages that are there."""
     digest = hashlib.sha256()
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for path in sorted(Path(folder).rglob("*.py")):
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            continue
+        for folder in map(Path, spec.submodule_search_locations or ()):
+            for path in sorted(folder.rglob("*.py")):
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
+        if not spec.submodule_search_locations and spec.origin is not None:
+            digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing import current_process
@@ -187,10 +188,13 @@ def execute(
     )
     results: dict[Key, Result] = {}
     groups = _groups(jobs, processes)
-    for group in parallel(joblib.delayed(_run_group)(jobs, folder, resume) for jobs in groups):
-        for result in group:
-            results[result.key] = result
-            finished(by_key[result.key], result)
+    with warnings.catch_warnings():
+        # loky renews a worker that has grown, as compiling makes them; nothing is lost by it.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+        for group in parallel(joblib.delayed(_run_group)(jobs, folder, resume) for jobs in groups):
+            for result in group:
+                results[result.key] = result
+                finished(by_key[result.key], result)
     return results
 
 

@@ -19,6 +19,9 @@ from cdat_lab.backends import Problem, Trajectory
 from cdat_lab.storage import whole
 
 METADATA_KEY = "cdat"
+NUMBERS = ("cdat_core", "cdat_lab.backends", "cdat_lab.bases", "cdat_lab.contenders", "cdat_lab.tasks")
+"""The code on which the numbers of a run depend, beside the adapter of its framework."""
+
 LAST_PART = 0.1
 """The part of a run over which its result is averaged."""
 
@@ -62,8 +65,11 @@ class RunConfig:
         return {
             "config": dataclasses.asdict(self),
             "versions": provenance.versions(self.backend),
-            "code": provenance.code_fingerprint(("cdat_core", f"cdat_{self.backend}", "cdat_lab")),
+            "code": provenance.code_fingerprint((*NUMBERS, *self._adapter())),
         }
+
+    def _adapter(self) -> tuple[str, ...]:
+        return () if self.backend == "numpy" else (f"cdat_{self.backend}",)
 
     def file_name(self) -> str:
         """Return a name that says what the run is and ends in the digest of its identity."""

@@ -32,7 +32,7 @@ def invoked(*arguments: str) -> str:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a short comparison under all installed frameworks."""
     folder = tmp_path_factory.mktemp("compare")
-    return folder, invoked("compare", "digits", *SMALL, "--jobs", "2", "--out", str(folder))
+    return folder, invoked("compare", "digits", *SMALL, "--jobs", "1", "--out", str(folder))
 
 
 def by_settings(folder: Path, backend: str) -> dict[str, pl.DataFrame]:
