@@ -216,7 +216,7 @@ def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
 
 
 def timings(findings: Findings) -> pl.DataFrame:
-    """Return the wall-clock times, which differ from one execution to the next.
+    """Return the wall-clock times of the races, which differ from one execution to the next.
 
     Returns
     -------
@@ -224,13 +224,14 @@ def timings(findings: Findings) -> pl.DataFrame:
         task, base, batch_size and contender (a label), then for each backend the milliseconds per
         step, without compilation and records, and the seconds of compilation: medians over seeds.
     """
-    names = list(dict.fromkeys(race.backend for race in findings.study.all_races()))
+    races = findings.study.races or findings.study.all_races()
+    names = list(dict.fromkeys(race.backend for race in races))
     text = pl.String
     schema: dict[str, Any] = {"task": text, "base": text, "batch_size": pl.Int64, "contender": text}
     for unit in ("ms", "compile"):
         schema |= {f"{name} {unit}": pl.Float64 for name in names}
     found: dict[Any, dict[str, Any]] = {}
-    for race in findings.study.all_races():
+    for race in races:
         for name in race.contenders:
             runs = [result.run for result in findings.of(race, name)]
             if not runs:
@@ -326,12 +327,15 @@ def to_csv(frame: pl.DataFrame) -> str:
 
     A text that begins like a formula gets an apostrophe in front; numbers stay as they are.
     """
-    text = pl.col(pl.String)
-    risky = text.str.contains(r"^[=+\-@\t\r]")
-    defused = pl.when(risky).then(pl.concat_str(pl.lit("'"), text)).otherwise(text)
-    if any(kind == pl.String for kind in frame.dtypes):
-        frame = frame.with_columns(defused.name.keep())
-    return frame.write_csv()
+    defused = [
+        pl.when(pl.col(name).str.contains(r"^[=+\-@\t\r]"))
+        .then(pl.concat_str(pl.lit("'"), name))
+        .otherwise(name)
+        .alias(name)
+        for name, kind in frame.schema.items()
+        if kind == pl.String
+    ]
+    return frame.with_columns(defused).write_csv()
 
 
 def batch(size: int | None) -> str:
@@ -365,9 +369,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def ranged(value: float | None, low: float | None, high: float | None) -> str:
     """Return a number with the lowest and the highest where they differ from it."""
     text = number(value)
-    if low == high or low is None or high is None:
-        return text
-    return f"{text} ({number(low)} to {number(high)})"
+    ends = (number(low), number(high))
+    return text if ends in {(text, text), ("", "")} else f"{text} ({' to '.join(ends)})"
 
 
 def fixed(value: float | None) -> str:

@@ -16,7 +16,11 @@ async function draw(chart) {
   const holder = chart.querySelector(".figure");
   const content = chart.querySelector("script").textContent;
   const { data, layout, arrangements } = JSON.parse(content);
-  const arranged = () => laidOver(layout, arrangements?.[narrow.matches ? "narrow" : "wide"]);
+  const arranged = () => {
+    const chosen = arrangements?.[narrow.matches ? "narrow" : "wide"];
+    const dragmode = narrow.matches ? false : "zoom"; // a phone scrolls by dragging
+    return laidOver({ ...layout, dragmode }, chosen);
+  };
   await Plotly.newPlot(holder, data, arranged(), config);
   narrow.addEventListener("change", () => Plotly.react(holder, holder.data, arranged(), config));
   connectLegend(chart, holder);

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import plotly.graph_objects as go
 
-from cdat_lab.races import Race, Result
+from cdat_lab.races import Result
 from cdat_lab.registry import find_contender
 from cdat_lab.report import layout
 from cdat_lab.report.markup import MINUS, label
 from cdat_lab.report.styles import Style
-from cdat_lab.studies import Findings
 
 
-def grid(findings: Findings, plan: Race, styles: Mapping[str, Style]) -> go.Figure | None:
-    """Return the final loss against each rate or peak that was tried in a race.
+def grid(results: Iterable[Result], styles: Mapping[str, Style]) -> go.Figure:
+    """Return the final loss against each rate or peak that was tried.
 
     Parameters
     ----------
-    findings : Findings
-        What was found.
-    plan : Race
-        Which race.
+    results : iterable of Result
+        Those of a race in which a rate was tuned, one at least; others are left out.
     styles : mapping of str to Style
         For each contender.
 
     Returns
     -------
-    plotly.graph_objects.Figure or None
-        One curve for each seed; runs that diverged are crosses at the top. None if nothing was
-        tuned.
+    plotly.graph_objects.Figure
+        One curve for each seed; runs that diverged are crosses at the top.
     """
-    tuned = [
-        result
-        for name in plan.contenders
-        for result in findings.of(plan, name)
-        if result.grid is not None
-    ]
-    if not tuned:
-        return None
+    tuned = [result for result in results if result.grid is not None]
     losses = [loss for r in tuned for loss in _grid(r)[1] if 0 < loss < math.inf]
     low, high = min(losses, default=0.1), max(losses, default=1.0)
     ceiling = high * (high / low) ** 0.12 * 1.15

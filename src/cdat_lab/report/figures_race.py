@@ -54,11 +54,9 @@ def panels(base: Base) -> list[Panel]:
     curved = pl.col("sharpness")
     return [
         Panel("training loss", "step", loss, STEP, (0.0, 1.0)),
-        Panel("learning rate", "step", rate, STEP, (0.06, 0.97)),
+        Panel("learning rate", "step", rate, STEP, (0.12, 0.97)),
         Panel(sharpness, "step", curved, STEP, (0.01, 0.99)),
-        Panel(
-            f"learning rate {TIMES} {sharpness}", "step", rate * curved, STEP, (0.06, 0.97), True
-        ),
+        Panel(f"rate {TIMES} {sharpness}", "step", rate * curved, STEP, (0.12, 0.97), True),
         Panel("training loss", "seconds on one thread", loss, pl.col("seconds"), (0.0, 1.0)),
         Panel("training loss", "gradient equivalents", loss, pl.col("gradients"), (0.0, 1.0)),
     ]
@@ -107,7 +105,8 @@ def race(
             ):
                 trace.showlegend = trace.showlegend is not False and shown == 0
                 figure.add_trace(trace)
-        last = max(float(band.x[-1]) for band in found.values())
+        ends = [float(band.x[-1]) for band in found.values()]
+        last = float(plan.steps) if panel.axis == "step" else max(ends)
         if panel.product and base.edge is not None:
             figure.add_trace(edge_line([0, last], base.edge, shown))
         settings["annotations"].append(layout.panel_title(shown, panel.title))
@@ -149,7 +148,7 @@ def _range(
             bands,
             quantiles=panel.quantiles,
             include=base.edge,
-            lowest=base.edge / 300,
+            lowest=base.edge / 100,
             highest=base.edge * 30,
         )
     if panel.title == "training loss":

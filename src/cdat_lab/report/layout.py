@@ -115,7 +115,7 @@ def log_axis(
         found["dtick"] = float(np.ceil(span / 7))
     elif span > 0.9:
         found["dtick"] = "D2"
-    elif span > 0.35:
+    elif span > 0.6:
         found["dtick"] = "D1"
     return found
 

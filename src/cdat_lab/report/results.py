@@ -25,15 +25,17 @@ HOW_TO_READ = (
 
 def races(findings: Findings, styles: Styles) -> list[Section]:
     """Return a section for each race: its table and its figure."""
-    return [
-        _race(findings, race, styles, f"race-{number}")
-        for number, race in enumerate(findings.study.races, 1)
-    ]
+    several = _several_backends(findings)
+    titles = [title(race, several_backends=several) for race in findings.study.races]
+    found = []
+    for number, (race, link) in enumerate(zip(findings.study.races, titles, strict=True), 1):
+        longer = f"{link}, {race.steps} steps" if titles.count(link) > 1 else link
+        found.append(_race(findings, race, styles, f"race-{number}", longer))
+    return found
 
 
-def _race(findings: Findings, race: Race, styles: Styles, name: str) -> Section:
+def _race(findings: Findings, race: Race, styles: Styles, name: str, link: str) -> Section:
     base = find_base(race.base)
-    link = title(race, several_backends=_several_backends(findings))
     drawn = figures_race.race(findings, race, styles)
     parts = [f'<p class="lead">{_setting(race)}</p>', _results(findings, race, styles)]
     if drawn is None:
@@ -195,8 +197,9 @@ def joint_model(findings: Findings, styles: Styles) -> Section | None:
     )
     caption = (
         "In phase space each curve begins at the circle and ends at the square (first initial "
-        f"displacement). Over the steps: medians of {max(starts)} initial displacements, with "
-        "their range. A click on a name hides its curves, a double click shows them alone."
+        "displacement). Over the steps there is one curve for each of "
+        f"{max(starts)} initial displacements. A curve along the lower border is a sharpness that "
+        "has collapsed to 0. A click on a name hides its curves, a double click shows them alone."
     )
     name, link = "joint-model", "Joint model"
     html = markup.section(
@@ -216,14 +219,18 @@ def joint_model(findings: Findings, styles: Styles) -> Section | None:
 
 def grids(findings: Findings, styles: Styles) -> Section | None:
     """Return the section on the tuning grids; None if nothing was tuned."""
-    charts, rows = [], []
+    charts, rows, shown = [], [], set()
     several = _several_backends(findings)
     for number, race in enumerate(dict.fromkeys(findings.study.all_races()), 1):
-        figure = figures_grid.grid(findings, race, styles)
-        if figure is None:
+        tuned = [
+            name
+            for name in race.contenders
+            if any(r.grid is not None and r.key not in shown for r in findings.of(race, name))
+        ]
+        if not tuned:
             continue
-        where = title(race, several_backends=several)
-        tuned = [n for n in race.contenders if any(r.grid for r in findings.of(race, n))]
+        figure = figures_grid.grid([r for n in tuned for r in findings.of(race, n)], styles)
+        where = title(race, several_backends=several) + f", {race.steps} steps"
         chart = markup.chart(
             f"grid-{number}-{_slug(race)}",
             figure,
@@ -233,6 +240,7 @@ def grids(findings: Findings, styles: Styles) -> Section | None:
         charts.append(f"<div><h3>{escape(where)}</h3>{chart}</div>")
         for name in tuned:
             for result in findings.of(race, name):
+                shown.add(result.key)
                 if result.grid is not None:
                     tried = zip(result.grid.rates, result.grid.losses, strict=True)
                     cells = (where, find_contender(name).label, str(result.key.seed))

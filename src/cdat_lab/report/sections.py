@@ -35,7 +35,7 @@ class Section(NamedTuple):
 def header(findings: Findings, links: Iterable[tuple[str, str]]) -> str:
     """Return the title, what was done, what was left out, and the links to all sections."""
     study = findings.study
-    notices = [*findings.notices, *_missing(findings)]
+    notices = [*findings.notices, *_doubts(findings)]
     parts = [
         f"<header><h1>{escape(study.title)}</h1>",
         f'<p class="lead">{words(_done(findings))}</p>',
@@ -57,7 +57,7 @@ def _done(findings: Findings) -> str:
         races = f"{len(study.races)} race" + ("s" if len(study.races) > 1 else "")
         names = {name for race in study.races for name in race.contenders}
         rules = f"{len(names)} rules" if len(names) > 1 else "one rule"
-        parts.append(f"{races} of {rules} for the learning rate")
+        parts.append(f"{races} between {rules} for the learning rate")
     if study.sweeps:
         count = len(study.sweeps)
         parts.append(
@@ -74,12 +74,17 @@ def _done(findings: Findings) -> str:
     return text
 
 
-def _missing(findings: Findings) -> list[str]:
+def _doubts(findings: Findings) -> list[str]:
+    """Return what a reader should know before the numbers: what is not there, or not alike."""
+    found = []
     keys = {key for each in findings.study.all_races() for key in each.keys()}  # noqa: SIM118
     missing = len(keys - set(findings.results))
-    if not missing:
-        return []
-    return [f"{missing} of {len(keys)} results are not there; the tables say which."]
+    if missing:
+        found.append(f"{missing} of {len(keys)} results are not there; the tables say which.")
+    made = Counter(backend for backend, _, _ in identities(findings))
+    if any(count > 1 for count in made.values()):
+        found.append("The results were made with different versions or code; see Configuration.")
+    return found
 
 
 def _versions(findings: Findings) -> str:
@@ -87,7 +92,8 @@ def _versions(findings: Findings) -> str:
     found = identities(findings)
     if not found:
         return f"Made with cdat {provenance.version('cdat')}, numpy {provenance.version('numpy')}."
-    return "Made with " + "; ".join(_packages(versions) for _, versions, _ in found) + "."
+    packages = dict.fromkeys(_packages(versions) for _, versions, _ in found)
+    return f"Made with {'; '.join(packages)}."
 
 
 def _packages(versions: Sequence[tuple[str, str]]) -> str:
