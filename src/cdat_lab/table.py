@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from cdat_lab.bases import Base
+from cdat_lab.contenders import Contender
 from cdat_lab.races import Race, Result
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.studies import Findings, Sweep
@@ -76,7 +77,8 @@ CAPTION = (
     "the constant rate, or the peak of a schedule; tuning runs: how many were spent on it, all "
     "seeds together. Final loss: on all training data, averaged over the last tenth of the steps. "
     "x constant: final loss over that of the tuned constant rate of the same seed. Sharpness, and "
-    "rate x sharpness, are medians over the last tenth of the steps. Skipped: steps not taken "
+    "rate x sharpness, are medians over the last tenth of the steps; optimizers with a "
+    "preconditioner of their own have none that could be compared. Skipped: steps not taken "
     "because something was not finite, the most in one run. Diverged: ended above the loss it "
     "started from, or not finite. Grid edge: a better rate may lie outside the grid."
 )
@@ -125,7 +127,7 @@ def results(findings: Findings, race: Race) -> pl.DataFrame:
                 "final_low": min(losses, default=None),
                 "final_high": max(losses, default=None),
                 "over_constant": _median(ratios),
-                "sharpness": _median(r.run.late(pl.col("sharpness")) for r in found),
+                "sharpness": _median(map(sharpness, found)),
                 "product": product,
                 "edge_ratio": None if product is None or edge is None else product / edge,
                 "skipped": max((result.run.skipped for result in found), default=None),
@@ -171,7 +173,7 @@ def _measured(findings: Findings, race: Race, result: Result) -> dict[str, Any]:
         "final_loss": run.final_loss,
         "best_loss": run.best_loss,
         "over_constant": over_constant(findings, race, result),
-        "sharpness": run.late(pl.col("sharpness")),
+        "sharpness": sharpness(result),
         "product": rate_times_sharpness(result),
         "skipped": run.skipped,
         "gradients": float(run.frame["gradients"][-1]),
@@ -222,7 +224,8 @@ def timings(findings: Findings) -> pl.DataFrame:
     -------
     polars.DataFrame
         task, base, batch_size and contender (a label), then for each backend the milliseconds per
-        step, without compilation and records, and the seconds of compilation: medians over seeds.
+        step, without compilation and records (a median over the seeds), and the seconds of
+        compilation (the most of a seed).
     """
     races = findings.study.races or findings.study.all_races()
     names = list(dict.fromkeys(race.backend for race in races))
@@ -244,7 +247,7 @@ def timings(findings: Findings) -> pl.DataFrame:
             }
             same = (race.task, race.base, race.batch_size, name, race.steps)
             row[f"{race.backend} ms"] = _median(1e3 * run.seconds_per_step for run in runs)
-            row[f"{race.backend} compile"] = _median(run.compile_seconds for run in runs)
+            row[f"{race.backend} compile"] = max(run.compile_seconds for run in runs)
             found[same] = found.get(same, {}) | row
     return pl.DataFrame(list(found.values()), schema=schema, orient="row")
 
@@ -255,9 +258,27 @@ def tuned_value(result: Result) -> float | None:
     return None if tuned is None else result.run.hyperparameters.get(tuned)
 
 
+def comparable(base: Base, contender: Contender) -> bool:
+    """Return whether the sharpness of a contender is that of the base.
+
+    A whole optimizer has a preconditioner of its own, and its sharpness is recorded without one.
+    """
+    return contender.optimizer is None or not base.preconditioned
+
+
+def sharpness(result: Result) -> float | None:
+    """Return the sharpness, a median over the last tenth; None if it is not that of the base."""
+    return _late(result, pl.col("sharpness"))
+
+
 def rate_times_sharpness(result: Result) -> float | None:
-    """Return the learning rate times the sharpness, a median over the last tenth of the steps."""
-    return result.run.late(pl.col("learning_rate") * pl.col("sharpness"))
+    """Return the learning rate times the sharpness; see `sharpness`."""
+    return _late(result, pl.col("learning_rate") * pl.col("sharpness"))
+
+
+def _late(result: Result, column: pl.Expr) -> float | None:
+    base, contender = find_base(result.key.base), find_contender(result.key.contender)
+    return result.run.late(column) if comparable(base, contender) else None
 
 
 def over_constant(findings: Findings, race: Race, result: Result) -> float | None:
@@ -271,14 +292,14 @@ def over_constant(findings: Findings, race: Race, result: Result) -> float | Non
 def headings(base: Base) -> tuple[str, ...]:
     """Return the headings over `cells` for a race with this base."""
     product = "rate x sharpness" + ("" if base.edge is None else " / edge")
-    sharpness = "precond. sharpness" if base.preconditioned else "sharpness"
+    curved = "precond. sharpness" if base.preconditioned else "sharpness"
     return (
         "contender",
         "tuned rate",
         "tuning runs",
         "final loss",
         "x constant",
-        sharpness,
+        curved,
         product,
         "skipped",
         "note",

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
+from cdat_lab import table
 from cdat_lab.bases import Base
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender
@@ -35,8 +36,8 @@ class Panel:
         What is drawn against what.
     quantiles : (float, float)
         Parts of each curve that may lie outside.
-    product : bool
-        Whether the edge of stability belongs here.
+    curved, product : bool
+        Whether it is about the sharpness; whether the edge of stability belongs here.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Panel:
     column: pl.Expr
     against: pl.Expr
     quantiles: tuple[float, float]
+    curved: bool = False
     product: bool = False
 
 
@@ -55,8 +57,8 @@ def panels(base: Base) -> list[Panel]:
     return [
         Panel("training loss", "step", loss, STEP, (0.0, 1.0)),
         Panel("learning rate", "step", rate, STEP, (0.12, 0.97)),
-        Panel(sharpness, "step", curved, STEP, (0.01, 0.99)),
-        Panel(f"rate {TIMES} {sharpness}", "step", rate * curved, STEP, (0.12, 0.97), True),
+        Panel(sharpness, "step", curved, STEP, (0.01, 0.99), curved=True),
+        Panel(f"rate {TIMES} {sharpness}", "step", rate * curved, STEP, (0.12, 0.97), True, True),
         Panel("training loss", "seconds on one thread", loss, pl.col("seconds"), (0.0, 1.0)),
         Panel("training loss", "gradient equivalents", loss, pl.col("gradients"), (0.0, 1.0)),
     ]
@@ -94,7 +96,8 @@ def race(
         found = {
             name: band
             for name, each in runs.items()
-            if (band := curves.over_seeds(each, panel.column, panel.against)) is not None
+            if (not panel.curved or table.comparable(base, find_contender(name)))
+            and (band := curves.over_seeds(each, panel.column, panel.against)) is not None
         }
         if not found:
             continue

@@ -172,9 +172,10 @@ def times(findings: Findings) -> Section | None:
         *(f"seconds of compilation, {label}" for label in labels),
     )
     caption = (
-        "Wall clock on one thread, medians over the seeds; a step without compilation, loss on all "
-        "data and sharpness. These numbers change from one execution to the next, and with what "
-        "else the machine does; a program that was compiled before is not compiled again."
+        "Wall clock on one thread. Of a step: a median over the seeds, without compilation, loss "
+        "on all data and sharpness. Of compilation: the most of a seed. These numbers change from "
+        "one execution to the next, and with what else the machine does; a program that was "
+        "compiled before is not compiled again."
     )
     html = markup.section(
         "times",
