@@ -97,12 +97,11 @@ def results(findings: Findings, race: Race) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        The columns of `RESULTS`. ``seeds`` counts the results that are there, ``missing`` those
-        that are not. Medians over the seeds: ``tuned`` (null where nothing was tuned),
-        ``final_loss`` (infinite where most runs ended at no finite loss), ``over_constant`` (null
-        without a tuned constant rate that converged), ``sharpness``, ``product`` (rate times
-        sharpness) and ``edge_ratio`` (null for a base without a known edge). ``skipped`` is the
-        largest of a run. ``lowest`` marks the lowest final loss of the race.
+        The columns of `RESULTS`, medians over the seeds. ``seeds`` counts the results that are
+        there, ``missing`` the others; ``tuned`` is null where nothing was tuned,
+        ``over_constant`` without a tuned constant rate that converged, ``edge_ratio`` (of
+        ``product``, rate times sharpness) without a known edge. ``skipped`` is the largest of a
+        run; ``lowest`` marks the lowest final loss.
     """
     edge = find_base(race.base).edge
     rows: list[dict[str, Any]] = []
@@ -187,9 +186,8 @@ def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
     -------
     polars.DataFrame
         The columns of `SWEEP`. ``log_ratio`` is log10 of the final loss over that of the tuned
-        constant rate, a mean over the seeds (of the ratio that is a geometric mean); null where a
-        run is missing or diverged, or no constant rate converged. ``best`` marks the lowest of a
-        batch size, where all sigmas were run with every seed.
+        constant rate, a mean over the seeds; null where a run is missing or diverged, or no
+        constant rate converged. ``best`` marks the lowest of a batch size that is complete.
     """
     found: list[dict[str, Any]] = []
     for race in plan.races():
@@ -368,12 +366,8 @@ def power_of_two(rate: float | None) -> str:
     """Return a rate as the power of two that it is, halves included; nothing for None."""
     if rate is None:
         return ""
-    if rate <= 0:
-        return number(rate)
-    halves = 2 * math.log2(rate)
-    if abs(halves - round(halves)) > 1e-9:
-        return number(rate)
-    return f"2^{round(halves) / 2:g}"
+    exponent = round(2 * math.log2(rate)) / 2
+    return f"2^{exponent:g}" if math.isclose(2.0**exponent, rate) else number(rate)
 
 
 def number(value: float | None, digits: int = 3) -> str:
