@@ -101,7 +101,11 @@ class Check:
         """Return whether a race has what is measured."""
         place = (self.task, self.base)
         here = (race.task, race.base, race.batch_size) == (*place, None)
-        return here and race.steps == STEPS[place] and {self.contender, self.reference} <= set(race.contenders)
+        return (
+            here
+            and race.steps == STEPS[place]
+            and {self.contender, self.reference} <= set(race.contenders)
+        )
 
     def expected(self) -> str:
         """Return the quantity with its range."""
@@ -303,24 +307,30 @@ def _joint_model(simulations: Sequence[Simulation]) -> list[Verdict]:
     if not by_name:
         return []
 
-    def late(name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return by_name[name].sharpness[-1]
+    def late(name: str) -> NDArray[np.float64]:
+        last: NDArray[np.float64] = by_name[name].sharpness[-1]
+        return last
 
-    def growth(name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        sharpness = by_name[name].sharpness
-        return sharpness[-1] / sharpness[len(sharpness) // 2]
+    def growth(name: str) -> NDArray[np.float64]:
+        halfway: NDArray[np.float64] = by_name[name].sharpness[by_name[name].steps // 2]
+        return late(name) / halfway
 
     edge = late(CONSTANT) * by_name[CONSTANT].learning_rate[-1]
     above = [name for name in by_name if name.startswith("cdat-2.")]
+    over_constant, over_greedy = late("cdat-2") / late(CONSTANT), late("cdat-2") / late("cdat-1")
+    none = math.inf
     rows = [
         ("constant rate: rate x sharpness at the end", edge, 1.9, 2.1),
-        ("Armijo: sharpness at the end over that halfway", growth("armijo"), 1.1, math.inf),
-        ("sigma 1: sharpness at the end over that halfway", growth("cdat-1"), 1.1, math.inf),
-        ("sigma 2: final sharpness over that of sigma 1", late("cdat-2") / late("cdat-1"), -math.inf, 0.25),
-        ("sigma 2: final sharpness over that of the constant rate", late("cdat-2") / late(CONSTANT), -math.inf, 0.5),
-        ("sigma 2: final sharpness, so that it does not collapse,", late("cdat-2"), 1e-2, math.inf),
-        *((f"sigma {name[5:]}: final sharpness, a collapse,", late(name), -math.inf, 1e-2) for name in above),
-    ]  # fmt: skip
+        ("Armijo: sharpness at the end over that halfway", growth("armijo"), 1.1, none),
+        ("sigma 1: sharpness at the end over that halfway", growth("cdat-1"), 1.1, none),
+        ("sigma 2: final sharpness over that of sigma 1", over_greedy, -none, 0.25),
+        ("sigma 2: final sharpness over that of the constant rate", over_constant, -none, 0.5),
+        ("sigma 2: final sharpness, so that it does not collapse,", late("cdat-2"), 1e-2, none),
+    ]
+    rows += [
+        (f"sigma {name[5:]}: final sharpness, a collapse,", late(name), -none, 1e-2)
+        for name in above
+    ]
     found = []
     for quantity, values, low, high in rows:
         numbers = [float(value) for value in values]

@@ -23,7 +23,7 @@ def conduct(
     *,
     resume: bool,
     processes: int,
-    finished: Callable[[Job, Result], None] = lambda job, result: None,
+    finished: Callable[[Job, Result], None] | None = None,
 ) -> Findings:
     """Train what a study asks for and say what came out.
 
@@ -102,7 +102,9 @@ def left_out(folder: Path, used: Collection[str]) -> list[str]:
     if damaged:
         notices.append(f"{_files(damaged)} damaged or written in part: left out")
     if foreign:
-        notices.append(f"{_files(foreign)} of another version of the code or its packages: left out")
+        notices.append(
+            f"{_files(foreign)} of another version of the code or its packages: left out"
+        )
     return notices
 
 

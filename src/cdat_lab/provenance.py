@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-
 from cdat_lab import backends
 
 
@@ -77,12 +75,15 @@ def _own(function: Any) -> bool:
 
 
 def _source(function: Any) -> bytes:
-    """Return the file that defines a function, or else its own source, or its pickle."""
+    """Return the file that defines a function, or its own source, or else its byte code."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
         if file is not None and Path(file).is_file():
             return Path(file).read_bytes()
         return inspect.getsource(function).encode()
     except (OSError, TypeError):
-        pickled: bytes = cloudpickle.dumps(function)
-        return pickled
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return repr(function).encode()
+        compiled: bytes = code.co_code
+        return compiled + repr(code.co_consts).encode()

@@ -66,11 +66,9 @@ class Race:
 
     def key(self, contender: str, seed: int) -> Key:
         """Return where to find the result of a contender and a seed."""
-        return Key(
-            self.task, self.base, contender, self.backend, self.batch_size, self.steps, seed
-        )
+        return Key(self.task, self.base, contender, self.backend, self.batch_size, self.steps, seed)
 
-    def keys(self) -> list[Key]:
+    def result_keys(self) -> list[Key]:
         """Return the keys of all results, contenders first."""
         return [self.key(name, seed) for name in self.contenders for seed in self.seeds]
 
@@ -156,7 +154,7 @@ def execute(
     *,
     resume: bool,
     processes: int,
-    finished: Callable[[Job, Result], None] = lambda job, result: None,
+    finished: Callable[[Job, Result], None] | None = None,
 ) -> dict[Key, Result]:
     """Run jobs over processes, longest first.
 
@@ -194,7 +192,8 @@ def execute(
         for group in parallel(joblib.delayed(_run_group)(jobs, folder, resume) for jobs in groups):
             for result in group:
                 results[result.key] = result
-                finished(by_key[result.key], result)
+                if finished is not None:
+                    finished(by_key[result.key], result)
     return results
 
 
@@ -241,7 +240,7 @@ def run_job(job: Job, folder: Path, *, resume: bool, train: bool = True) -> Resu
     files: list[str] = []
     contender = job.contender
 
-    def run(*, sharpness: bool = True, **tuned: float) -> Run:
+    def run(tuned: Mapping[str, float], *, sharpness: bool) -> Run:
         config = _config(job, {**contender.hyperparameters, **tuned}, sharpness=sharpness)
         files.append(config.file_name())
         path = folder / files[-1]
@@ -256,15 +255,15 @@ def run_job(job: Job, folder: Path, *, resume: bool, train: bool = True) -> Resu
 
     with backends.single_threaded():
         if contender.tuned is None:
-            return Result(job.key, run(), None, tuple(files))
+            return Result(job.key, run({}, sharpness=True), None, tuple(files))
         name = contender.tuned
 
         def final_loss(rate: float) -> float:
-            tried = run(sharpness=False, **{name: rate})
+            tried = run({name: rate}, sharpness=False)
             return float("inf") if tried.diverged else tried.final_loss
 
         grid = tune(final_loss, job.base.first_grid)
-        best = run(**{name: grid.rates[grid.best]})
+        best = run({name: grid.rates[grid.best]}, sharpness=True)
         return Result(job.key, best, grid, tuple(files))
 
 

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cdat_lab import contenders, tasks
+from cdat_lab import contenders
 from cdat_lab.bases import BASES, Base
 from cdat_lab.contenders import CONTENDERS, Contender
 from cdat_lab.tasks import NAME, TASKS, Task

@@ -39,7 +39,12 @@ MORE = (
 
 
 def study(
-    *, backend: str, seeds: Sequence[int], only: Sequence[str] = (), full: bool = False, command: str
+    *,
+    backend: str,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    full: bool = False,
+    command: str,
 ) -> Study:
     """Return the study that tests the claims.
 

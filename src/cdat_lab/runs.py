@@ -19,7 +19,13 @@ from cdat_lab.backends import Problem, Trajectory
 from cdat_lab.storage import whole
 
 METADATA_KEY = "cdat"
-NUMBERS = ("cdat_core", "cdat_lab.backends", "cdat_lab.bases", "cdat_lab.contenders", "cdat_lab.tasks")
+NUMBERS = (
+    "cdat_core",
+    "cdat_lab.backends",
+    "cdat_lab.bases",
+    "cdat_lab.contenders",
+    "cdat_lab.tasks",
+)
 """The code on which the numbers of a run depend, beside the adapter of its framework."""
 
 LAST_PART = 0.1

@@ -90,7 +90,7 @@ class Study:
 
     def jobs(self) -> list[Job]:
         """Return what is to be trained, each job once."""
-        keys = dict.fromkeys(key for race in self.all_races() for key in race.keys())
+        keys = dict.fromkeys(key for race in self.all_races() for key in race.result_keys())
         return [Job.of(key) for key in keys]
 
 
@@ -165,4 +165,3 @@ def _hindrance(contender: Contender, base: str, backend: str) -> str | None:
     if base != "adam":
         return f"{contender.label} is of the Adam family and is raced with Adam only"
     return backends.package_hindrance(contender.optimizer, backend)
-

@@ -202,7 +202,8 @@ def _sweep_table(findings: Findings, sweep: Sweep) -> Table:
 def _simulation_table(findings: Findings) -> Table:
     shown = _table("Joint model: sharpness, and rate x sharpness at the end")
     first = findings.simulations[0]
-    for heading in ("rule", f"at step {first.steps // 2}", f"at step {first.steps}", "rate x sharpness"):
+    times = (f"at step {first.steps // 2}", f"at step {first.steps}")
+    for heading in ("rule", *times, "rate x sharpness"):
         shown.add_column(heading, justify="left" if heading == "rule" else "right")
     for run in findings.simulations:
         halfway, last = run.sharpness[run.steps // 2], run.sharpness[-1]

@@ -75,8 +75,8 @@ def tune(
             break
     centre = best()
     if math.isfinite(losses[centre]):
-        for exponent in (centre - 0.5, centre + 0.5):
-            try_rate(exponent)
+        for half in (-0.5, 0.5):
+            try_rate(centre + half)
     tried = sorted(losses)
     return Grid(
         rates=tuple(2.0**k for k in tried),

@@ -53,7 +53,7 @@ def findings(
 ) -> Findings:
     """Findings of a study in which contenders diverge, or are missing, with some seeds."""
     study = Study(title, "cdat compare digits", tuple(races), tuple(sweeps))
-    keys = dict.fromkeys(key for each in study.all_races() for key in each.keys())  # noqa: SIM118
+    keys = dict.fromkeys(key for each in study.all_races() for key in each.result_keys())
     results = {
         key: result(key, diverged=(key.contender, key.seed) in diverged)
         for key in keys

@@ -191,7 +191,15 @@ def run(name: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]
 
 def test_simulate_writes_a_report_of_the_joint_model(tmp_path: Path) -> None:
     output = invoked(
-        "simulate", "--steps", "60", "--rule", "cdat-2", "--rule", "constant", "--out", str(tmp_path)
+        "simulate",
+        "--steps",
+        "60",
+        "--rule",
+        "cdat-2",
+        "--rule",
+        "constant",
+        "--out",
+        str(tmp_path),
     )
     assert "CDAT 2 (no EMA)" in output
     assert (tmp_path / "report.html").is_file()

@@ -37,7 +37,7 @@ def race(**changes: object) -> Race:
 
 
 def jobs(**changes: object) -> list[Job]:
-    return [Job.of(key) for key in race(**changes).keys()]
+    return [Job.of(key) for key in race(**changes).result_keys()]
 
 
 def made_up(problem: Problem, final: float = 0.1) -> Trajectory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -112,7 +113,10 @@ def _run(problem: Problem) -> Trajectory:
     program = Program.of(problem)
     values = tuple(jnp.asarray(problem.hyperparameters[name]) for name in program.names)
     params = tuple(map(jnp.asarray, problem.task.params))
-    data = {"inputs": jnp.asarray(problem.task.inputs), "targets": jnp.asarray(problem.task.targets)}
+    data = {
+        "inputs": jnp.asarray(problem.task.inputs),
+        "targets": jnp.asarray(problem.task.targets),
+    }
     rows = problem.batches()
     records = problem.record_steps()
     state = jax.jit(lambda params: program.solver(values).init(params))(params)
@@ -122,14 +126,14 @@ def _run(problem: Problem) -> Trajectory:
     sharpness = _Sharpness(problem, data)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     full_loss, sharp, seconds = [], [], [0.0]
-    for start, end in zip(records[:-1], records[1:], strict=True):
+    for start, end in itertools.pairwise(records):
         full_loss.append(_full_loss(program, carry[1], carry[0], data))
         sharp.append(sharpness(carry[0], carry[1], taken=int(start)))
         batch, number = _rows(rows, start, program.length), int(end - start)
-        jax.block_until_ready(full_loss[-1])
+        _wait(full_loss[-1])
         began = time.perf_counter()
         carry, measured = advance(values, carry, data, batch, number)
-        jax.block_until_ready(carry)
+        _wait(carry)
         seconds.append(seconds[-1] + time.perf_counter() - began)
         for name, column in zip(COLUMNS, measured, strict=True):
             columns[name].append(np.asarray(column)[:number])
@@ -143,6 +147,10 @@ def _run(problem: Problem) -> Trajectory:
         seconds=np.array(seconds),
         compile_seconds=compile_seconds,
     )
+
+
+def _wait(arrays: Any) -> None:
+    jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
 
 
 def _rows(rows: np.ndarray[Any, Any] | None, start: Any, length: int) -> jax.Array | None:

@@ -10,6 +10,7 @@ import typer
 
 from cdat_lab import comparison, registry
 from cdat_lab.cli import _options, _session
+from cdat_lab.contenders import CONTENDERS
 
 
 def compare(
@@ -35,9 +36,7 @@ def compare(
         int | None, typer.Option(min=1, help="Rows of a mini-batch.  [default: all data]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and batches.")] = 0,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="How many seeds, counted up from --seed.")
-    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from --seed.")] = 1,
     out: _options.Out = None,
     jobs: _options.Jobs = None,
     resume: _options.Resume = False,
@@ -61,8 +60,8 @@ def compare(
     _options.checked("TASK", registry.find_task, task)
     for name in base or ():
         _options.checked("--base", registry.find_base, name)
-    names = contender or comparison.CONTENDERS
-    names = tuple(registry.CONTENDERS) if "all" in names else names
+    names = tuple(contender or comparison.CONTENDERS)
+    names = tuple(CONTENDERS) if "all" in names else names
     for name in names:
         _options.checked("--contender", registry.find_contender, name)
     arguments = [task, "--backend", backend, "--seed", str(seed), "--seeds", str(seeds)]

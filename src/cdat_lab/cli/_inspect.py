@@ -13,6 +13,7 @@ from cdat_lab.bases import BASES
 from cdat_lab.cli import _options, _session
 from cdat_lab.conduct import reopen
 from cdat_lab.contenders import CONTENDERS
+from cdat_lab.tasks import TASKS
 
 
 def sharpness(
@@ -50,11 +51,11 @@ def sharpness(
     optimizer = _options.checked("--base", registry.find_base, base)
     name = _options.one_backend(backend)
     if contender.rule is None:
-        raise typer.BadParameter("must be a rule for the rate", param_hint="--rule")
+        msg = f"must be a rule for the rate, and {rule} is a whole optimizer"
+        raise typer.BadParameter(msg, param_hint="--rule")
     if batch_size is not None and batch_size > len(problem.inputs):
-        raise typer.BadParameter(
-            f"must be at most {len(problem.inputs)}, got {batch_size}", param_hint="--batch-size"
-        )
+        msg = f"must be at most {len(problem.inputs)}, the rows of {task}, got {batch_size}"
+        raise typer.BadParameter(msg, param_hint="--batch-size")
     settings = dict(contender.hyperparameters)
     if contender.tuned is not None:
         settings[contender.tuned] = rate
@@ -84,7 +85,7 @@ def tasks(with_: _options.With = None) -> None:
     """
     _options.load_files(with_)
     console = terminal.make_console()
-    described = [(name, factory(0).description) for name, factory in registry.TASKS.items()]
+    described = [(name, factory(0).description) for name, factory in TASKS.items()]
     terminal.show_list(console, "Tasks", described)
     terminal.show_list(console, "Base optimizers", [(b.name, b.label) for b in BASES.values()])
     rules = [(c.name, c.label) for c in CONTENDERS.values()]

@@ -78,9 +78,8 @@ def one_backend(name: str | None) -> str:
         return found[0].name
     if name not in backends.BACKENDS:
         known = ", ".join(backends.BACKENDS)
-        raise typer.BadParameter(
-            f"there is no backend {name!r}; choose one of: {known}", param_hint="--backend"
-        )
+        msg = f"there is no backend {name!r}; choose one of: {known}"
+        raise typer.BadParameter(msg, param_hint="--backend")
     if backends.BACKENDS[name].missing():
         fail(backends.BACKENDS[name].describe())
     return name
@@ -93,9 +92,8 @@ def several_backends(name: str) -> tuple[str, ...]:
     """
     if name not in {"all", *backends.BACKENDS}:
         known = ", ".join(("all", *backends.BACKENDS))
-        raise typer.BadParameter(
-            f"there is no backend {name!r}; choose one of: {known}", param_hint="--backend"
-        )
+        msg = f"there is no backend {name!r}; choose one of: {known}"
+        raise typer.BadParameter(msg, param_hint="--backend")
     if name != "all":
         return (one_backend(name),)
     found = [backend.name for backend in backends.available()]

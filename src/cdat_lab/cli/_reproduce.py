@@ -15,7 +15,9 @@ from cdat_lab.reproduce import study
 def reproduce(
     only: Annotated[
         str | None,
-        typer.Option(metavar="CLAIMS", help="Only these claims, as in A or A,C.", show_default=False),
+        typer.Option(
+            metavar="CLAIMS", help="Only these claims, as in A or A,C.", show_default=False
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for every run.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
@@ -48,10 +50,8 @@ def reproduce(
     wanted = tuple(dict.fromkeys(part.strip().upper() for part in (only or "").split(",") if part))
     for claim in wanted:
         if claim not in STATEMENTS:
-            raise typer.BadParameter(
-                f"there is no claim {claim!r}; choose among {', '.join(STATEMENTS)}",
-                param_hint="--only",
-            )
+            msg = f"there is no claim {claim!r}; choose among {', '.join(STATEMENTS)}"
+            raise typer.BadParameter(msg, param_hint="--only")
     chosen = _options.one_backend(backend)
     numbers = tuple(range(first_seed, first_seed + seeds))
     arguments = [f"--backend {chosen}", f"--seeds {seeds}", f"--first-seed {first_seed}"]

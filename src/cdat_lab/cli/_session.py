@@ -78,7 +78,7 @@ def _scheduled(address: str | None) -> Iterator[None]:
     except ImportError:
         _options.fail("--dask needs the package distributed (pip install distributed)")
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=10)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         _options.fail(f"cannot reach a dask scheduler at {address}: {error}")
     with client, joblib.parallel_config("dask"):

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from cdat_lab import model, registry
-from cdat_lab.cli import _options, _session
 from cdat_lab.claims import verdicts
+from cdat_lab.cli import _options, _session
 from cdat_lab.studies import Findings, Study
 
 

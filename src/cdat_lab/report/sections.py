@@ -77,7 +77,7 @@ def _done(findings: Findings) -> str:
 def _doubts(findings: Findings) -> list[str]:
     """Return what a reader should know before the numbers: what is not there, or not alike."""
     found = []
-    keys = {key for each in findings.study.all_races() for key in each.keys()}  # noqa: SIM118
+    keys = {key for each in findings.study.all_races() for key in each.result_keys()}
     missing = len(keys - set(findings.results))
     if missing:
         found.append(f"{missing} of {len(keys)} results are not there; the tables say which.")
