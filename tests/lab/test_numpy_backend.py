@@ -468,6 +468,18 @@ def test_the_functions_of_a_task_are_differentiated(name: str) -> None:
     assert objective.gauss_newton((x,), (u,)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
+def test_a_saturated_tanh_has_no_curvature() -> None:
+    x = np.array([[500.0, -500.0, 0.5, 20.0, -20.0]])
+    task = linear_task(params=(x,), model=lambda xp, params, inputs: xp.tanh(params[0]))
+    task = dataclasses.replace(task, criterion=lambda xp, outputs, targets: xp.sum(outputs))
+    _, (grad,), hvp = Objective(task).derivatives((x,), second=True)
+    assert hvp is not None
+    slope = 1 - np.tanh(0.5) ** 2
+    np.testing.assert_allclose(grad, [[0, 0, slope, 0, 0]], rtol=1e-14, atol=1e-14)
+    expected = [[0, 0, -2 * np.tanh(0.5) * slope, 0, 0]]
+    np.testing.assert_allclose(hvp((np.ones((1, 5)),))[0], expected, rtol=1e-14, atol=1e-14)
+
+
 def test_constants_and_types_are_those_of_numpy() -> None:
     assert xp.pi == math.pi
     assert xp.float64 == np.float64

@@ -11,6 +11,8 @@ from typing import Any
 
 import array_api_compat.numpy
 import autograd.numpy as anp
+import numpy as np
+from autograd.extend import defvjp, primitive
 
 Array = Any
 
@@ -63,6 +65,16 @@ def std(x: Array, /, *, axis: Any = None, correction: float = 0.0, keepdims: boo
 def take(x: Array, indices: Array, /, *, axis: int = 0) -> Array:
     """Return the entries at some places along an axis."""
     return x[(slice(None),) * (axis % anp.ndim(x)) + (indices,)]
+
+
+def _tanh(x: Array, /) -> Array:
+    return np.tanh(x)
+
+
+# The rule of autograd.numpy divides by the square of the hyperbolic cosine: that overflows where x
+# exceeds 355, and the second derivative is then NaN. The function around np.tanh leaves that alone.
+tanh = primitive(_tanh)
+defvjp(tanh, lambda ans, _: lambda g: g * (1 - ans * ans))
 
 
 def var(x: Array, /, *, axis: Any = None, correction: float = 0.0, keepdims: bool = False) -> Array:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from cdat_lab.tasks._networks import cross_entropy, gelu, log_softmax, normal
+from cdat_lab.tasks._networks import (
+    cross_entropy,
+    gelu,
+    last_axis_product,
+    log_softmax,
+    normal,
+)
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
 ALPHABET = " ',.abcdefghijklmnopqrstuvwxyz"
@@ -79,17 +86,19 @@ def transformer(xp: Namespace, params: Sequence[Array], inputs: Array) -> Array:
     Array, shape (samples, places - 4, alphabet)
         Logits for the character that follows each place but the first four.
     """
+    times = functools.partial(last_axis_product, xp)
     embedding, places, *layers, gain, shift, readout = params
-    hidden = inputs @ embedding + places
+    hidden = times(inputs, embedding) + places
     for index in range(0, len(layers), ARRAYS_PER_LAYER):
         gain_1, shift_1, queries_keys_values, mixing, gain_2, shift_2, *mlp = layers[
             index : index + ARRAYS_PER_LAYER
         ]
         normalised = layer_norm(xp, hidden, gain_1, shift_1)
-        hidden = hidden + causal_attention(xp, normalised @ queries_keys_values) @ mixing
+        gathered = causal_attention(xp, times(normalised, queries_keys_values))
+        hidden = hidden + times(gathered, mixing)
         normalised = layer_norm(xp, hidden, gain_2, shift_2)
-        hidden = hidden + gelu(xp, normalised @ mlp[0] + mlp[1]) @ mlp[2] + mlp[3]
-    return layer_norm(xp, hidden[:, PREFIX:, :], gain, shift) @ readout
+        hidden = hidden + times(gelu(xp, times(normalised, mlp[0]) + mlp[1]), mlp[2]) + mlp[3]
+    return times(layer_norm(xp, hidden[:, PREFIX:, :], gain, shift), readout)
 
 
 def layer_norm(xp: Namespace, x: Array, gain: Array, shift: Array) -> Array:

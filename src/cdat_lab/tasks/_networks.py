@@ -56,6 +56,24 @@ def linear_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Arr
     return hidden
 
 
+def last_axis_product(xp: Namespace, x: Array, weights: Array) -> Array:
+    """Return ``x @ weights`` as one product of matrices; NumPy would make one for each row of x.
+
+    Parameters
+    ----------
+    xp : namespace
+        That of the arrays.
+    x : Array, shape (..., fan_in)
+    weights : Array, shape (fan_in, fan_out)
+
+    Returns
+    -------
+    Array, shape (..., fan_out)
+    """
+    rows = xp.reshape(x, (-1, x.shape[-1]))
+    return xp.reshape(rows @ weights, (*x.shape[:-1], weights.shape[1]))
+
+
 def gelu(xp: Namespace, x: Array) -> Array:
     """Return the Gaussian error linear unit in its tanh form: the array API has no erf."""
     return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cdat_lab.tasks._networks import gelu, normal, squared_loss
+from cdat_lab.tasks._networks import gelu, last_axis_product, normal, squared_loss
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
 SAMPLES, SIDE = 256, 16
@@ -74,7 +74,7 @@ def patch_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Arra
     hidden = inputs
     for level, side in enumerate((FIRST, SECOND)):
         weights, bias = params[2 * level], params[2 * level + 1]
-        hidden = gelu(xp, _squares(xp, hidden, side) @ weights + bias)
+        hidden = gelu(xp, last_axis_product(xp, _squares(xp, hidden, side), weights) + bias)
     return xp.reshape(hidden, (inputs.shape[0], -1)) @ params[4] + params[5]
 
 
