@@ -26,9 +26,9 @@ def install(session: nox.Session, package: str, *groups: str) -> None:
     session.install("--constraint", "constraints.txt", "--editable", package, *requirements)
 
 
-def pytest(session: nox.Session, *folders: str, workers: int = 2) -> None:
+def pytest(session: nox.Session, *folders: str) -> None:
     arguments = session.posargs or folders
-    session.run("pytest", f"--numprocesses={workers}", *arguments, env=SINGLE_THREAD)
+    session.run("pytest", "--numprocesses=2", *arguments, env=SINGLE_THREAD)
 
 
 @nox.session
@@ -111,8 +111,8 @@ def embedding(session: nox.Session) -> None:
 @nox.session
 def lab(session: nox.Session) -> None:
     """Test the reproduction suite and its command line."""
-    install(session, ".[all]", "test")
-    pytest(session, "tests/lab", workers=0)  # the comparison brings its own processes
+    install(session, ".[all]", "test", "lab")
+    pytest(session, "--dist=loadfile", "tests/lab")
 
 
 @nox.session
@@ -146,6 +146,13 @@ def demo(session: nox.Session) -> None:
     """Train a network on digits with every contender under JAX and PyTorch; write the report."""
     install(session, ".[all]")
     session.run("cdat", "compare", "digits", *session.posargs)
+
+
+@nox.session(default=False)
+def reproduce(session: nox.Session) -> None:
+    """Test the claims of the paper; write the report with a verdict on each."""
+    install(session, ".[all]")
+    session.run("cdat", "reproduce", *session.posargs)
 
 
 @nox.session(default=False)

@@ -40,7 +40,8 @@ napoleon_use_ivar = False
 nitpick_ignore_regex = [
     (r"py:obj", r"[a-z_]+"),
     (r"py:.*", r"(array_api_compat|collections|jax|numpy|optax|scipy|torch|typing)(\..*)?"),
-    (r"py:class", r"(array|callable|Scalar|Tensor|V)"),
+    (r"py:class", r"(array|callable|mapping|ndarray|Scalar|Tensor|V)"),
+    (r"py:class", r"(float64|shape|samples|str to (int|float))"),
 ]
 
 html_theme = "furo"

@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Base:
     """A base optimizer at learning rate 1, and where its edge of stability lies.
 
+    The coefficients describe gradient descent, the heavy ball ``m <- momentum * m + g``, and the
+    Adam family (an average m and a bias-corrected second moment); every backend builds these. Any
+    other optimizer brings its own construction for the backends it is to run under.
+
     Attributes
     ----------
     name, label : str
         For the command line and for people.
     momentum : float
-        Decay of the first moment (Adam's beta1, or the momentum of the heavy ball).
+        Decay of the first moment.
     second_moment : float or None
-        Adam's beta2; None where the direction is not preconditioned.
+        Decay of the second moment; None where the direction is not preconditioned.
     eps : float
         Added to the root of the second moment.
-    edge : float
-        The rate times the (preconditioned) sharpness beyond which a quadratic diverges.
+    edge : float or None
+        The rate times the (preconditioned) sharpness beyond which a quadratic diverges; None where
+        it is not known.
+    first_grid : tuple of int
+        Exponents of 2 of the learning rates that are tried first.
+    optax : callable or None
+        ``optax() -> optax.GradientTransformation`` at learning rate 1, for an optimizer of another
+        kind under JAX.
+    torch : callable or None
+        ``torch(params) -> torch.optim.Optimizer`` with its default learning rate, for an optimizer
+        of another kind under PyTorch.
     """
 
     name: str
     label: str
-    momentum: float
-    second_moment: float | None
-    eps: float
-    edge: float
+    momentum: float = 0.0
+    second_moment: float | None = None
+    eps: float = 0.0
+    edge: float | None = None
+    first_grid: tuple[int, ...] = (-6, -5, -4)
+    optax: Callable[[], Any] | None = None
+    torch: Callable[[list[Any]], Any] | None = None
 
     @property
     def preconditioned(self) -> bool:
         """Whether the sharpness is that of ``P^-1/2 H P^-1/2`` instead of H."""
-        return self.second_moment is not None
+        return self.builtin and self.second_moment is not None
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the coefficients say it all."""
+        return self.optax is None and self.torch is None
+
+    def runs_under(self, backend: str) -> bool:
+        """Return whether this optimizer can be built for a backend."""
+        return self.builtin or {"jax": self.optax, "torch": self.torch}.get(backend) is not None
 
 
+GD = Base(name="gd", label="GD", edge=2.0, first_grid=(-2, -1, 0))
+MOMENTUM = Base(
+    name="momentum",
+    label="Momentum",
+    momentum=0.9,
+    edge=2 * (1 + 0.9),  # heavy ball: m <- 0.9 m + g
+    first_grid=(-4, -3, -2),
+)
+RMSPROP = Base(
+    name="rmsprop",
+    label="RMSProp",
+    second_moment=0.99,
+    eps=1e-8,
+    edge=2.0,
+    first_grid=(-11, -10, -9),
+)
 ADAM = Base(
     name="adam",
     label="Adam",
@@ -43,14 +86,7 @@ ADAM = Base(
     second_moment=0.999,
     eps=1e-8,
     edge=2 * (1 + 0.9) / (1 - 0.9),  # the first moment is an average: m <- 0.9 m + 0.1 g
-)
-MOMENTUM = Base(
-    name="momentum",
-    label="Momentum",
-    momentum=0.9,
-    second_moment=None,
-    eps=0.0,
-    edge=2 * (1 + 0.9),  # heavy ball: m <- 0.9 m + g
+    first_grid=(-8, -7, -6),
 )
 
-BASES = {base.name: base for base in (ADAM, MOMENTUM)}
+BASES = {base.name: base for base in (GD, MOMENTUM, RMSPROP, ADAM)}

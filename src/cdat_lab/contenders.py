@@ -1,8 +1,9 @@
-"""Contenders: the rules for the learning rate that a comparison sets against each other."""
+"""Contenders: the rules for the learning rate that a race sets against each other."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,29 +16,39 @@ from cdat_core.tuners import Tuner
 
 Rule = Tuner[Any] | LineSearch
 
+WARMUP = 0.1
+"""The part of the steps over which the schedules rise."""
+
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule for the rate with its setting.
+    """A rule for the rate with its setting, or a whole optimizer from another package.
 
     Attributes
     ----------
     name, label : str
         For files and for people.
-    rule : callable
+    rule : callable or None
         ``rule(steps, **hyperparameters) -> Tuner or LineSearch``. The hyperparameters may be arrays
-        that are being traced, so contenders with the same rule share a compiled function.
+        that are being traced, so contenders with the same rule share a compiled function. None for
+        an optimizer from another package.
     hyperparameters : mapping of str to float
         The fixed ones.
     tuned : str or None
         The hyperparameter to be tuned on a grid.
+    curvature : str
+        How the curvature is computed: "auto" or "gauss_newton".
+    optimizer : str or None
+        A whole optimizer in place of base and rule: "prodigy" or "schedule-free".
     """
 
     name: str
     label: str
-    rule: Callable[..., Rule]
+    rule: Callable[..., Rule] | None
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     tuned: str | None = None
+    curvature: str = "auto"
+    optimizer: str | None = None
 
 
 def constant(steps: int, learning_rate: Any) -> Rule:
@@ -46,9 +57,20 @@ def constant(steps: int, learning_rate: Any) -> Rule:
     return tuners.constant(learning_rate)
 
 
+def warmup_constant(steps: int, peak: Any) -> Rule:
+    """Return a rate that rises linearly over a tenth of the steps, then stays."""
+    warmup = max(1, round(WARMUP * steps))
+
+    def schedule(step: Any) -> Any:
+        xp = array_api_compat.array_namespace(step)
+        return peak * xp.where(step < warmup, (step + 1) / warmup, xp.ones_like(step / warmup))
+
+    return tuners.scheduled(schedule)
+
+
 def warmup_cosine(steps: int, peak: Any) -> Rule:
     """Return a rate that rises linearly over a tenth of the steps, then falls to 0 on a cosine."""
-    warmup = max(1, steps // 10)
+    warmup = max(1, round(WARMUP * steps))
 
     def schedule(step: Any) -> Any:
         xp = array_api_compat.array_namespace(step)
@@ -65,10 +87,34 @@ def armijo(steps: int) -> Rule:
     return linesearch.backtracking()
 
 
+def zoom(steps: int) -> Rule:
+    """Return a search for a step that meets the strong Wolfe conditions."""
+    del steps
+    return linesearch.zoom()
+
+
 def greedy(steps: int) -> Rule:
     """Return the minimiser of the quadratic model along the update."""
     del steps
     return tuners.quadratically_greedy()
+
+
+def on_edge(steps: int) -> Rule:
+    """Return the rate at which the quadratic model is back at the present loss."""
+    del steps
+    return tuners.on_edge()
+
+
+def polyak(steps: int) -> Rule:
+    """Return the Polyak step for a smallest loss of 0."""
+    del steps
+    return tuners.polyak(0.0)
+
+
+def hypergradient(steps: int, initial_learning_rate: Any) -> Rule:
+    """Return gradient descent on the rate itself."""
+    del steps
+    return tuners.hypergradient(initial_learning_rate=initial_learning_rate)
 
 
 def cdat(steps: int, sigma: Any, decay: Any) -> Rule:
@@ -77,14 +123,66 @@ def cdat(steps: int, sigma: Any, decay: Any) -> Rule:
     return tuners.cdat(sigma, decay)
 
 
+def guarded_cdat(
+    steps: int, sigma: Any, decay: Any, initial_learning_rate: Any, max_growth: Any
+) -> Rule:
+    """Return the CDAT rule with a start rate and a growth cap."""
+    del steps
+    return tuners.cdat(
+        sigma, decay, initial_learning_rate=initial_learning_rate, max_growth=max_growth
+    )
+
+
+def cdat_contender(sigma: float, decay: float) -> Contender:
+    """Return CDAT with this sigma and memory of its averages."""
+    memory = f"EMA {decay:g}" if decay else "no EMA"
+    name = f"cdat-{sigma:.9g}" + (f"-ema-{decay:g}" if decay else "")
+    return Contender(name, f"CDAT {sigma:g} ({memory})", cdat, {"sigma": sigma, "decay": decay})
+
+
+def parse_cdat(name: str) -> Contender | None:
+    """Return the contender that a name like ``cdat-1.5-ema-0.9`` stands for; None for others."""
+    found = re.fullmatch(r"cdat-(\d+(?:\.\d+)?)(?:-ema-(0\.\d+))?", name)
+    return None if found is None else cdat_contender(float(found[1]), float(found[2] or 0.0))
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("constant", "constant rate", constant, tuned="learning_rate"),
+        Contender("warmup-constant", "warm-up + constant", warmup_constant, tuned="peak"),
         Contender("warmup-cosine", "warm-up + cosine", warmup_cosine, tuned="peak"),
         Contender("armijo", "Armijo line search", armijo),
+        Contender("zoom", "strong-Wolfe search", zoom),
         Contender("greedy", "quadratically greedy", greedy),
-        Contender("cdat-1.9", "CDAT 1.9 (no EMA)", cdat, {"sigma": 1.9, "decay": 0.0}),
-        Contender("cdat-2.0", "CDAT 2.0 (EMA 0.9)", cdat, {"sigma": 2.0, "decay": 0.9}),
+        Contender("on-edge", "on edge", on_edge),
+        cdat_contender(1.0, 0.9),
+        cdat_contender(1.9, 0.0),
+        cdat_contender(1.9, 0.9),
+        cdat_contender(2.0, 0.0),
+        cdat_contender(2.0, 0.9),
+        Contender(
+            "cdat-guarded",
+            "CDAT 2 (EMA 0.9), guarded",
+            guarded_cdat,
+            {"sigma": 2.0, "decay": 0.9, "initial_learning_rate": 1e-4, "max_growth": 1.1},
+        ),
+        Contender(
+            "cdat-gauss-newton",
+            "CDAT 2 (EMA 0.9), Gauss-Newton",
+            cdat,
+            {"sigma": 2.0, "decay": 0.9},
+            curvature="gauss_newton",
+        ),
+        Contender("polyak", "Polyak step", polyak),
+        Contender("hypergradient", "hypergradient", hypergradient, {"initial_learning_rate": 1e-3}),
+        Contender("prodigy", "Prodigy", None, optimizer="prodigy"),
+        Contender(
+            "schedule-free",
+            "schedule-free AdamW",
+            None,
+            tuned="learning_rate",
+            optimizer="schedule-free",
+        ),
     )
 }

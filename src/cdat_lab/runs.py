@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,13 +14,22 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cdat_lab import backends, tasks
+from cdat_lab import costs, provenance
 from cdat_lab.backends import Problem, Trajectory
-from cdat_lab.bases import BASES
-from cdat_lab.contenders import CONTENDERS
 from cdat_lab.storage import whole
 
 METADATA_KEY = "cdat"
+NUMBERS = (
+    "cdat_core",
+    "cdat_lab.backends",
+    "cdat_lab.bases",
+    "cdat_lab.contenders",
+    "cdat_lab.tasks",
+)
+"""The code on which the numbers of a run depend, beside the adapter of its framework."""
+
+LAST_PART = 0.1
+"""The part of a run over which its result is averaged."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,18 @@ class RunConfig:
     ----------
     task, base, contender, backend : str
         Names in the registries.
+    steps, seed : int
+        Length of the run; seed of data, weights, mini-batches and probe.
+    batch_size : int or None
+        Rows of a mini-batch; None for the full batch.
     hyperparameters : mapping of str to float
         Arguments of the contender's rule.
-    steps, seed : int
-        Length of the run; seed of data, weights and probe.
-    sharpness_every : int
-        Steps from one sharpness to the next.
+    sharpness : bool
+        Whether the sharpness is recorded.
+    record_every : int
+        Steps from one record of the full loss and the sharpness to the next.
+    definition : str
+        Digest of the code of task, base and contender where it is not part of this package.
     """
 
     task: str
@@ -49,25 +60,30 @@ class RunConfig:
     backend: str
     steps: int
     seed: int
+    batch_size: int | None = None
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
-    sharpness_every: int = 10
+    sharpness: bool = True
+    record_every: int = 10
+    definition: str = ""
 
     def identity(self) -> dict[str, Any]:
         """Return the configuration with the versions and the code that make the numbers."""
-        backend = backends.BACKENDS[self.backend]
         return {
             "config": dataclasses.asdict(self),
-            "versions": versions(self.backend),
-            "code": code_fingerprint(("cdat_core", f"cdat_{backend.name}", "cdat_lab")),
+            "versions": provenance.versions(self.backend),
+            "code": provenance.code_fingerprint((*NUMBERS, *self._adapter())),
         }
+
+    def _adapter(self) -> tuple[str, ...]:
+        return () if self.backend == "numpy" else (f"cdat_{self.backend}",)
 
     def file_name(self) -> str:
         """Return a name that says what the run is and ends in the digest of its identity."""
         text = json.dumps(self.identity(), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        tuned = CONTENDERS[self.contender].tuned
-        setting = f"-{self.hyperparameters[tuned]:.6g}" if tuned else ""
-        return f"{self.task}-{self.backend}-{self.base}-{self.contender}{setting}-{digest}.parquet"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        batch = "" if self.batch_size is None else f"-batch{self.batch_size}"
+        parts = (self.task + batch, self.backend, self.base, self.contender, f"seed{self.seed}")
+        return f"{'-'.join(parts)}-{digest}.parquet"
 
 
 @dataclass(frozen=True)
@@ -78,15 +94,15 @@ class Run:
     ----------
     identity : dict
         Configuration, versions and code, as `RunConfig.identity` gave them.
-    seconds_per_step, compile_seconds : float
-        Wall-clock times.
+    compile_seconds : float
+        Time spent compiling.
     frame : polars.DataFrame
-        One row for each step and one for the final weights (``steps + 1`` rows): step, loss,
-        learning_rate, slope, curvature, sharpness, skipped. What was not measured is null.
+        One row for each step and one for the final weights (``steps + 1`` rows): step, loss (of the
+        batch), full_loss (on all data), learning_rate, slope, curvature, sharpness, trials,
+        skipped, gradients (spent so far) and seconds (so far). What was not measured is null.
     """
 
     identity: dict[str, Any]
-    seconds_per_step: float
     compile_seconds: float
     frame: pl.DataFrame
 
@@ -96,20 +112,28 @@ class Run:
         return dict(self.identity["config"]["hyperparameters"])
 
     @property
+    def steps(self) -> int:
+        """The length of the run."""
+        return self.frame.height - 1
+
+    @property
     def initial_loss(self) -> float:
-        """The loss at the initial weights."""
-        return float(self.frame["loss"][0])
+        """The loss on all data at the initial weights."""
+        return float(self.frame["full_loss"][0])
 
     @property
     def final_loss(self) -> float:
-        """The loss after the last step; infinity if it is not finite."""
-        loss = float(self.frame["loss"][-1])
+        """The loss on all data, averaged over the last tenth; infinity if it is not finite."""
+        first = int((1 - LAST_PART) * self.steps)
+        losses = self.frame["full_loss"][first:].drop_nulls().to_numpy()
+        with np.errstate(over="ignore"):
+            loss = float(np.mean(losses))
         return loss if np.isfinite(loss) else float("inf")
 
     @property
     def best_loss(self) -> float:
-        """The lowest loss on the way."""
-        losses = self.frame["loss"].to_numpy()
+        """The lowest loss on all data on the way."""
+        losses = self.frame["full_loss"].drop_nulls().to_numpy()
         return float(np.min(losses[np.isfinite(losses)], initial=np.inf))
 
     @property
@@ -122,6 +146,11 @@ class Run:
         """How many steps were skipped because something was not finite."""
         return int(self.frame["skipped"][-1])
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Wall-clock time of a step, without compilation and records."""
+        return float(self.frame["seconds"].max() or 0.0) / self.steps  # type: ignore[arg-type]
+
     def late(self, column: pl.Expr) -> float | None:
         """Return the median of an expression over the last tenth of the steps, nulls left out.
 
@@ -130,75 +159,59 @@ class Run:
         float or None
             None if nothing was measured there.
         """
-        tenth = max(1, (self.frame.height - 1) // 10)
-        values = self.frame[:-1].select(column).to_series().drop_nulls()
-        recent = self.frame[-1 - tenth : -1].select(column).to_series().drop_nulls()
-        median = (recent if len(recent) else values.tail(1)).median()
+        first = int((1 - LAST_PART) * self.steps)
+        values = self.frame.select(column).to_series()
+        median = values[first:].drop_nulls().median()
         return None if median is None else float(median)  # type: ignore[arg-type]
 
 
-def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Run:
-    """Run a configuration and write the result, whole or not at all.
-
-    Parameters
-    ----------
-    config : RunConfig
-        What to run.
-    folder : Path
-        Where the file goes.
-    resume : bool
-        Return the result that is already there if it came from the same configuration, versions
-        and code.
-
-    Returns
-    -------
-    Run
-    """
-    path = folder / config.file_name()
-    if resume and path.exists():
-        return read(path)
-    problem = Problem(
-        task=tasks.load(config.task, config.seed),
-        base=BASES[config.base],
-        contender=CONTENDERS[config.contender],
-        hyperparameters=config.hyperparameters,
-        steps=config.steps,
-        sharpness_every=config.sharpness_every,
-        seed=config.seed,
-    )
-    trajectory = backends.load(config.backend)(problem)
-    run = Run(
-        identity=config.identity(),
-        seconds_per_step=trajectory.seconds_per_step,
-        compile_seconds=trajectory.compile_seconds,
-        frame=to_frame(trajectory),
-    )
-    write(run, path)
-    return run
-
-
-def to_frame(trajectory: Trajectory) -> pl.DataFrame:
+def to_frame(problem: Problem, trajectory: Trajectory, *, backend: str) -> pl.DataFrame:
     """Return the columns of `Run.frame`."""
-    columns = {
+    steps, records = problem.steps, problem.record_steps()
+    rule = problem.contender.rule
+    made = rule(steps, **problem.hyperparameters) if rule is not None else None
+    needs = made.needs if made is not None else frozenset()
+    curvature = problem.contender.curvature if "curvature" in needs else None
+    trial = costs.of_trial(slope="slope" in getattr(made, "trial_needs", ()))
+    gradients = np.cumsum(
+        costs.of_step(backend, curvature=curvature) + trial * trajectory.trials.astype(float)
+    )
+
+    def recorded(values: Any) -> Any:
+        column = np.full(steps + 1, np.nan)
+        column[records] = values
+        return column
+
+    full_loss = recorded(trajectory.full_loss)
+    if problem.batch_size is None and problem.contender.optimizer != "schedule-free":
+        full_loss[:-1] = trajectory.loss
+    optional = {
         name: np.append(getattr(trajectory, name), np.nan)
-        for name in ("learning_rate", "slope", "curvature", "sharpness")
+        for name in ("learning_rate", "slope", "curvature")
     }
+    optional["sharpness"] = recorded(trajectory.sharpness)
+    optional["seconds"] = recorded(trajectory.seconds)
+    known = np.isin(np.arange(steps + 1), records) | ~np.isnan(full_loss)
+    known[:-1] |= problem.batch_size is None and problem.contender.optimizer != "schedule-free"
     frame = pl.DataFrame(
         {
-            "step": np.arange(len(trajectory.loss)),
-            "loss": trajectory.loss,
-            **columns,
+            "step": np.arange(steps + 1),
+            "loss": np.append(trajectory.loss, trajectory.full_loss[-1]),
+            **optional,
+            "trials": np.append(trajectory.trials, 0),
             "skipped": np.append(trajectory.skipped, trajectory.skipped[-1]),
+            "gradients": np.append(0.0, gradients),
         }
     )
-    return frame.with_columns(pl.col(*columns).fill_nan(None))
+    # A loss that is not finite is a result, not a gap.
+    full = pl.Series("full_loss", full_loss).set(~pl.Series(known), None)
+    return frame.with_columns(pl.col(*optional).fill_nan(None), full)
 
 
 def write(run: Run, path: Path) -> None:
     """Write a run as one Parquet file with its identity as metadata."""
     record = {
         **run.identity,
-        "seconds_per_step": run.seconds_per_step,
         "compile_seconds": run.compile_seconds,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -212,45 +225,14 @@ def read(path: Path) -> Run:
     Raises
     ------
     ValueError
-        If the file is not such a run.
+        If the file is not such a run, or only a part of one.
     """
-    metadata = pl.read_parquet_metadata(path)
-    if METADATA_KEY not in metadata:
-        msg = f"{path} is not a run of cdat: its metadata lack {METADATA_KEY!r}"
-        raise ValueError(msg)
-    record = json.loads(metadata[METADATA_KEY])
-    return Run(
-        identity={name: record[name] for name in ("config", "versions", "code")},
-        seconds_per_step=record["seconds_per_step"],
-        compile_seconds=record["compile_seconds"],
-        frame=pl.read_parquet(path),
-    )
-
-
-def versions(backend: str) -> dict[str, str]:
-    """Return the versions of Python, of this package and of what the numbers depend on."""
-    names = ("cdat", "array-api-compat", "numpy", "scikit-learn")
-    found = {name: version(name) for name in names}
-    own = backends.BACKENDS[backend].versions()
-    return {"python": platform.python_version()} | found | own
-
-
-def version(package: str) -> str:
-    """Return the version of an installed package, or that it is a source tree on the path."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "from a source tree"
-
-
-@functools.cache
-def code_fingerprint(packages: tuple[str, ...]) -> str:
-    """Return a digest of the Python sources of the given packages."""
-    digest = hashlib.sha256()
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.relative_to(folder).as_posix().encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+        metadata = pl.read_parquet_metadata(path)
+        record = json.loads(metadata[METADATA_KEY])
+        frame = pl.read_parquet(path)
+        identity = {name: record[name] for name in ("config", "versions", "code")}
+        return Run(identity, float(record["compile_seconds"]), frame)
+    except (KeyError, TypeError, ValueError, OSError, pl.exceptions.PolarsError) as error:
+        msg = f"{path} is not a whole run of cdat ({type(error).__name__}: {error})"
+        raise ValueError(msg) from error

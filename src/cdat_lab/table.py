@@ -1,183 +1,400 @@
-"""Tables of a comparison: what was reached, and, apart from it, how long it took."""
+"""Tables of findings: what was reached, over the seeds and for each, and how long it took."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from cdat_lab.bases import BASES
-from cdat_lab.compare import Comparison, Result
-from cdat_lab.contenders import CONTENDERS
+from cdat_lab.bases import Base
+from cdat_lab.contenders import Contender
+from cdat_lab.races import Race, Result
+from cdat_lab.registry import find_base, find_contender
+from cdat_lab.studies import Findings, Sweep
 
-SCHEMA = {
-    "base": pl.String,
+REFERENCE = "constant"
+"""The contender whose final loss the others are set against."""
+
+RESULTS = {
     "contender": pl.String,
-    "backend": pl.String,
+    "label": pl.String,
+    "seeds": pl.Int64,
+    "missing": pl.Int64,
+    "diverged": pl.Int64,
     "tuned": pl.Float64,
-    "runs": pl.Int64,
+    "tuning_runs": pl.Int64,
+    "grid_edge": pl.Int64,
     "final_loss": pl.Float64,
+    "final_low": pl.Float64,
+    "final_high": pl.Float64,
     "over_constant": pl.Float64,
-    "best_loss": pl.Float64,
     "sharpness": pl.Float64,
+    "product": pl.Float64,
     "edge_ratio": pl.Float64,
     "skipped": pl.Int64,
-    "note": pl.String,
+    "lowest": pl.Boolean,
 }
 
-HEADINGS = (
-    "base",
-    "contender",
-    "backend",
-    "tuned rate",
-    "runs",
-    "final loss",
-    "x constant",
-    "best loss",
-    "sharpness",
-    "rate x sharpness / edge",
-    "note",
-)
-NUMBERS = range(3, 10)
-"""Which of them are set to the right."""
+ROWS = {
+    "task": pl.String,
+    "base": pl.String,
+    "batch_size": pl.Int64,
+    "backend": pl.String,
+    "steps": pl.Int64,
+    "contender": pl.String,
+    "label": pl.String,
+    "seed": pl.Int64,
+    "status": pl.String,
+    "tuned": pl.Float64,
+    "tuning_runs": pl.Int64,
+    "grid_edge": pl.Boolean,
+    "initial_loss": pl.Float64,
+    "final_loss": pl.Float64,
+    "best_loss": pl.Float64,
+    "over_constant": pl.Float64,
+    "sharpness": pl.Float64,
+    "product": pl.Float64,
+    "edge": pl.Float64,
+    "skipped": pl.Int64,
+    "gradients": pl.Float64,
+}
+
+SWEEP = {
+    "batch_size": pl.Int64,
+    "sigma": pl.Float64,
+    "seeds": pl.Int64,
+    "diverged": pl.Int64,
+    "log_ratio": pl.Float64,
+    "best": pl.Boolean,
+}
 
 CAPTION = (
-    "Tuned rate: the constant rate, or the peak. Runs: how many were spent on the setting. "
-    "x constant: final loss over that of the tuned constant rate. Sharpness (preconditioned for "
-    "Adam) and rate x sharpness over the edge of stability are medians over the last tenth of the "
-    "steps. Skipped: steps that were not taken because something was not finite. Grid edge: a "
-    "better rate may lie outside the grid."
+    "Numbers are medians over the seeds, with the lowest and the highest in brackets. Tuned rate: "
+    "the constant rate, or the peak of a schedule; tuning runs: how many were spent on it, all "
+    "seeds together. Final loss: on all training data, averaged over the last tenth of the steps. "
+    "x constant: final loss over that of the tuned constant rate of the same seed. Sharpness, and "
+    "rate x sharpness, are medians over the last tenth of the steps; optimizers with a "
+    "preconditioner of their own have none that could be compared. Skipped: steps not taken "
+    "because something was not finite, the most in one run. Diverged: ended above the loss it "
+    "started from, or not finite. Grid edge: a better rate may lie outside the grid."
 )
 
 
-def results(comparison: Comparison) -> pl.DataFrame:
-    """Return one row for each base, contender and backend; the same seed gives the same table.
+def results(findings: Findings, race: Race) -> pl.DataFrame:
+    """Return one row for each contender of a race, over its seeds.
 
     Parameters
     ----------
-    comparison : Comparison
-        The results.
+    findings : Findings
+        What was found.
+    race : Race
+        One of its races.
 
     Returns
     -------
     polars.DataFrame
-        The columns of `SCHEMA`. ``tuned`` is the rate or peak, null where nothing was tuned;
-        ``over_constant`` the final loss over that of the tuned constant rate.
+        The columns of `RESULTS`, medians over the seeds. ``seeds`` counts the results that are
+        there, ``missing`` the others; ``tuned`` is null where nothing was tuned,
+        ``over_constant`` without a tuned constant rate that converged, ``edge_ratio`` (of
+        ``product``, rate times sharpness) without a known edge. ``skipped`` is the largest of a
+        run; ``lowest`` marks the lowest final loss.
     """
-    rows = []
-    for result in comparison.results:
-        job, run, base = result.job, result.run, BASES[result.job.base]
-        product = run.late(pl.col("learning_rate") * pl.col("sharpness"))
+    edge = find_base(race.base).edge
+    rows: list[dict[str, Any]] = []
+    for name in race.contenders:
+        found = findings.of(race, name)
+        losses = [result.run.final_loss for result in found]
+        grids = [result.grid for result in found if result.grid is not None]
+        ratios = [over_constant(findings, race, result) for result in found]
+        products = [rate_times_sharpness(result) for result in found]
+        product = _median(products)
         rows.append(
-            (
-                base.label,
-                CONTENDERS[job.contender].label,
-                job.backend,
-                tuned_value(result),
-                1 if result.grid is None else len(result.grid.rates),
-                run.final_loss,
-                over_constant(comparison, result),
-                run.best_loss,
-                run.late(pl.col("sharpness")),
-                None if product is None else product / base.edge,
-                run.skipped,
-                note(comparison, result),
-            )
+            {
+                "contender": name,
+                "label": find_contender(name).label,
+                "seeds": len(found),
+                "missing": len(race.seeds) - len(found),
+                "diverged": sum(result.run.diverged for result in found),
+                "tuned": _median(map(tuned_value, found)),
+                "tuning_runs": sum(len(grid.rates) for grid in grids),
+                "grid_edge": sum(grid.at_edge for grid in grids),
+                "final_loss": _median(losses),
+                "final_low": min(losses, default=None),
+                "final_high": max(losses, default=None),
+                "over_constant": _median(ratios),
+                "sharpness": _median(map(sharpness, found)),
+                "product": product,
+                "edge_ratio": None if product is None or edge is None else product / edge,
+                "skipped": max((result.run.skipped for result in found), default=None),
+                "lowest": False,
+            }
         )
-    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    known = [row for row in rows if row["seeds"] and math.isfinite(row["final_loss"])]
+    if len(known) > 1:
+        min(known, key=lambda row: row["final_loss"])["lowest"] = True
+    return pl.DataFrame(rows, schema=RESULTS, orient="row")
 
 
-def timings(comparison: Comparison) -> pl.DataFrame:
-    """Return the wall-clock times, which differ from one execution to the next.
+def rows(findings: Findings) -> pl.DataFrame:
+    """Return one row for each task, base, batch, backend, contender and seed, sweeps included.
 
     Returns
     -------
     polars.DataFrame
-        base, contender, then milliseconds per step for each backend. Compilation is left out; the
-        sharpness is included.
+        The columns of `ROWS`; ``batch_size`` is null for the full batch, ``status`` "finished",
+        "diverged" or "missing". Nothing in it depends on how long a run took.
     """
-    rows = [
-        {
-            "base": BASES[base].label,
-            "contender": CONTENDERS[contender].label,
-            **{
-                backend: 1e3 * comparison.get(base, backend, contender).run.seconds_per_step
-                for backend in comparison.backends
-            },
-        }
-        for base in BASES
-        for contender in CONTENDERS
-    ]
-    return pl.DataFrame(rows)
+    found: dict[Any, dict[str, Any]] = {}
+    for race in findings.study.all_races():
+        edge = find_base(race.base).edge
+        for name in race.contenders:
+            for seed in race.seeds:
+                key = race.key(name, seed)
+                row = {**key._asdict(), "label": find_contender(name).label, "edge": edge}
+                result = findings.results.get(key)
+                measured = {} if result is None else _measured(findings, race, result)
+                found[key] = {"status": "missing", **row, **measured}
+    return pl.DataFrame(list(found.values()), schema=ROWS, orient="row")
 
 
-def winner(comparison: Comparison, base: str, backend: str) -> Result:
-    """Return the result of lowest final loss."""
-    return min(comparison.of(base, backend), key=lambda result: result.run.final_loss)
+def _measured(findings: Findings, race: Race, result: Result) -> dict[str, Any]:
+    run, grid = result.run, result.grid
+    return {
+        "status": "diverged" if run.diverged else "finished",
+        "tuned": tuned_value(result),
+        "tuning_runs": 0 if grid is None else len(grid.rates),
+        "grid_edge": None if grid is None else grid.at_edge,
+        "initial_loss": run.initial_loss,
+        "final_loss": run.final_loss,
+        "best_loss": run.best_loss,
+        "over_constant": over_constant(findings, race, result),
+        "sharpness": sharpness(result),
+        "product": rate_times_sharpness(result),
+        "skipped": run.skipped,
+        "gradients": float(run.frame["gradients"][-1]),
+    }
+
+
+def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
+    """Return one row for each batch size and sigma of a sweep.
+
+    Returns
+    -------
+    polars.DataFrame
+        The columns of `SWEEP`. ``log_ratio`` is log10 of the final loss over that of the tuned
+        constant rate, a mean over the seeds; null where a run is missing or diverged, or no
+        constant rate converged. ``best`` marks the lowest of a batch size that is complete.
+    """
+    found: list[dict[str, Any]] = []
+    for race in plan.races():
+        column: list[dict[str, Any]] = []
+        for sigma in plan.sigmas:
+            there = findings.of(race, plan.contender(sigma))
+            ratios = [over_constant(findings, race, result) for result in there]
+            usable = [r for r in ratios if r is not None and 0 < r < math.inf]
+            diverged = sum(result.run.diverged for result in there)
+            whole = len(usable) == len(race.seeds) and not diverged
+            column.append(
+                {
+                    "batch_size": race.batch_size,
+                    "sigma": sigma,
+                    "seeds": len(there),
+                    "diverged": diverged,
+                    "log_ratio": float(np.mean(np.log10(usable))) if whole else None,
+                    "best": False,
+                }
+            )
+        known = [cell for cell in column if cell["log_ratio"] is not None]
+        if known and all(cell["seeds"] == len(race.seeds) for cell in column):
+            min(known, key=lambda cell: cell["log_ratio"])["best"] = True
+        found += column
+    return pl.DataFrame(found, schema=SWEEP, orient="row")
+
+
+def timings(findings: Findings) -> pl.DataFrame:
+    """Return the wall-clock times of the races, which differ from one execution to the next.
+
+    Returns
+    -------
+    polars.DataFrame
+        task, base, batch_size and contender (a label), then for each backend the milliseconds per
+        step, without compilation and records (a median over the seeds), and the seconds of
+        compilation (the most of a seed).
+    """
+    races = findings.study.races or findings.study.all_races()
+    names = list(dict.fromkeys(race.backend for race in races))
+    text = pl.String
+    schema: dict[str, Any] = {"task": text, "base": text, "batch_size": pl.Int64, "contender": text}
+    for unit in ("ms", "compile"):
+        schema |= {f"{name} {unit}": pl.Float64 for name in names}
+    found: dict[Any, dict[str, Any]] = {}
+    for race in races:
+        for name in race.contenders:
+            runs = [result.run for result in findings.of(race, name)]
+            if not runs:
+                continue
+            row: dict[str, Any] = {
+                "task": race.task,
+                "base": find_base(race.base).label,
+                "batch_size": race.batch_size,
+                "contender": find_contender(name).label,
+            }
+            same = (race.task, race.base, race.batch_size, name, race.steps)
+            row[f"{race.backend} ms"] = _median(1e3 * run.seconds_per_step for run in runs)
+            row[f"{race.backend} compile"] = max(run.compile_seconds for run in runs)
+            found[same] = found.get(same, {}) | row
+    return pl.DataFrame(list(found.values()), schema=schema, orient="row")
 
 
 def tuned_value(result: Result) -> float | None:
     """Return the rate or peak that was chosen on the grid; None where nothing was tuned."""
-    tuned = CONTENDERS[result.job.contender].tuned
-    return None if tuned is None else result.run.hyperparameters[tuned]
+    tuned = find_contender(result.key.contender).tuned
+    return None if tuned is None else result.run.hyperparameters.get(tuned)
 
 
-def over_constant(comparison: Comparison, result: Result) -> float | None:
-    """Return the final loss over that of the tuned constant rate; None if the latter diverged."""
-    reference = comparison.get(result.job.base, result.job.backend, "constant").run
-    return None if reference.diverged else result.run.final_loss / reference.final_loss
+def comparable(base: Base, contender: Contender) -> bool:
+    """Return whether the sharpness of a contender is that of the base.
+
+    A whole optimizer has a preconditioner of its own, and its sharpness is recorded without one.
+    """
+    return contender.optimizer is None or not base.preconditioned
 
 
-def note(comparison: Comparison, result: Result) -> str:
-    """Return what else there is to say about a result, in a few words."""
-    run = result.run
-    parts = []
-    if run.diverged:
-        parts.append("diverged")
-    elif result is winner(comparison, result.job.base, result.job.backend):
-        parts.append("lowest")
-    if run.skipped:
-        parts.append(f"{run.skipped} skipped")
-    if result.grid is not None and result.grid.at_edge:
-        parts.append("grid edge")
-    return ", ".join(parts)
+def sharpness(result: Result) -> float | None:
+    """Return the sharpness, a median over the last tenth; None if it is not that of the base."""
+    return _late(result, pl.col("sharpness"))
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of `results` as people read it, in the order of `HEADINGS`."""
+def rate_times_sharpness(result: Result) -> float | None:
+    """Return the learning rate times the sharpness; see `sharpness`."""
+    return _late(result, pl.col("learning_rate") * pl.col("sharpness"))
+
+
+def _late(result: Result, column: pl.Expr) -> float | None:
+    base, contender = find_base(result.key.base), find_contender(result.key.contender)
+    return result.run.late(column) if comparable(base, contender) else None
+
+
+def over_constant(findings: Findings, race: Race, result: Result) -> float | None:
+    """Return the final loss over that of the tuned constant rate; None without such a rate."""
+    reference = findings.results.get(race.key(REFERENCE, result.key.seed))
+    if reference is None or reference.run.diverged or not reference.run.final_loss:
+        return None
+    return result.run.final_loss / reference.run.final_loss
+
+
+def headings(base: Base) -> tuple[str, ...]:
+    """Return the headings over `cells` for a race with this base."""
+    product = "rate x sharpness" + ("" if base.edge is None else " / edge")
+    curved = "precond. sharpness" if base.preconditioned else "sharpness"
+    return (
+        "contender",
+        "tuned rate",
+        "tuning runs",
+        "final loss",
+        "x constant",
+        curved,
+        product,
+        "skipped",
+        "note",
+    )
+
+
+NUMBERS = range(1, 8)
+"""Which of them are set to the right."""
+
+
+def cells(row: Mapping[str, Any], base: Base) -> list[str]:
+    """Return a row of `results` as people read it, in the order of `headings`."""
+    product = row["product"] if base.edge is None else row["edge_ratio"]
+    if not row["seeds"]:
+        return [row["label"], *([""] * 7), note(row)]
     return [
-        row["base"],
-        row["contender"],
-        row["backend"],
+        row["label"],
         power_of_two(row["tuned"]),
-        str(row["runs"]),
-        number(row["final_loss"]),
+        str(row["tuning_runs"]) if row["tuned"] is not None else "",
+        ranged(row["final_loss"], row["final_low"], row["final_high"]),
         fixed(row["over_constant"]),
-        number(row["best_loss"]),
         number(row["sharpness"]),
-        fixed(row["edge_ratio"]),
-        row["note"],
+        number(product),
+        str(row["skipped"]),
+        note(row),
     ]
 
 
+def note(row: Mapping[str, Any]) -> str:
+    """Return what else there is to say about a row of `results`, in a few words."""
+    seeds, missing = row["seeds"], row["missing"]
+    parts = []
+    if missing:
+        parts.append(f"{missing} of {seeds + missing} missing" if seeds else "not there")
+    if row["lowest"]:
+        parts.append("lowest")
+    if row["diverged"]:
+        parts.append("diverged" if seeds == 1 else f"diverged in {row['diverged']} of {seeds}")
+    if row["grid_edge"]:
+        parts.append("grid edge" if seeds == 1 else f"grid edge in {row['grid_edge']} of {seeds}")
+    return ", ".join(parts)
+
+
+def to_csv(frame: pl.DataFrame) -> str:
+    """Return a table as CSV whose text no spreadsheet takes for a formula.
+
+    A text that begins like a formula gets an apostrophe in front; numbers stay as they are.
+    """
+    defused = [
+        pl.when(pl.col(name).str.contains(r"^[=+\-@\t\r]"))
+        .then(pl.concat_str(pl.lit("'"), name))
+        .otherwise(name)
+        .alias(name)
+        for name, kind in frame.schema.items()
+        if kind == pl.String
+    ]
+    return frame.with_columns(defused).write_csv()
+
+
+def batch(size: int | None) -> str:
+    """Return the size of a batch in words."""
+    return "full batch" if size is None else f"batch {size}"
+
+
 def power_of_two(rate: float | None) -> str:
-    """Return a rate as the power of two that it is; nothing for None."""
+    """Return a rate as the power of two that it is, halves included; nothing for None."""
     if rate is None:
         return ""
-    exponent = math.log2(rate)
-    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{rate:.4g}"
+    exponent = round(2 * math.log2(rate)) / 2
+    return f"2^{exponent:g}" if math.isclose(2.0**exponent, rate) else number(rate)
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a measured number with a few digits; nothing for None."""
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return "not finite" if math.isnan(value) else f"{'-' if value < 0 else ''}infinite"
     if value == 0 or 1e-2 <= abs(value) < 10**digits:
         return f"{value:#.{digits}g}".removesuffix(".")
     return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
 
 
+def ranged(value: float | None, low: float | None, high: float | None) -> str:
+    """Return a number with the lowest and the highest where they differ from it."""
+    text = number(value)
+    ends = (number(low), number(high))
+    return text if ends in {(text, text), ("", "")} else f"{text} ({' to '.join(ends)})"
+
+
 def fixed(value: float | None) -> str:
-    """Return a ratio with two decimals; nothing for None."""
-    return "" if value is None else f"{value:.2f}"
+    """Return a ratio with two decimals, or as a number where it is huge; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if 0.095 <= value < 1000 else number(value)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known: Sequence[float] = [v for v in values if v is not None and not math.isnan(v)]
+    return statistics.median(known) if known else None

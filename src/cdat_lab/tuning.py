@@ -35,9 +35,9 @@ def tune(
     final_loss: Callable[[float], float],
     exponents: Iterable[int],
     *,
-    max_extensions: int = 12,
+    max_extensions: int = 16,
 ) -> Grid:
-    """Try the rates ``2**k`` and extend the grid while its best rate is at an edge.
+    """Try the rates ``2**k``, extend the grid until its best rate is inside, then refine it.
 
     Parameters
     ----------
@@ -46,30 +46,40 @@ def tune(
     exponents : iterable of int
         The first grid: consecutive k.
     max_extensions : int
-        Largest number of rates to add.
+        Largest number of rates to add outside.
 
     Returns
     -------
     Grid
-        Every rate that was tried. If all diverged the grid has grown downwards.
+        Every rate that was tried: powers of 2, and the two at a factor of sqrt(2) from the best of
+        them. If all diverged the grid has grown downwards.
     """
-    losses: dict[int, float] = {}
+    losses: dict[float, float] = {}
 
-    def try_rate(exponent: int) -> None:
+    def try_rate(exponent: float) -> None:
         loss = final_loss(2.0**exponent)
         losses[exponent] = math.inf if math.isnan(loss) else loss
+
+    def best() -> float:
+        return min(losses, key=lambda k: (losses[k], k))
 
     for exponent in exponents:
         try_rate(exponent)
     for _ in range(max_extensions):
         lowest, highest = min(losses), max(losses)
-        best = min(losses, key=lambda k: (losses[k], k))
-        if best == lowest:
+        if best() == lowest:
             try_rate(lowest - 1)
-        elif best == highest:
+        elif best() == highest:
             try_rate(highest + 1)
         else:
             break
+    centre = best()
+    if math.isfinite(losses[centre]):
+        for half in (-0.5, 0.5):
+            try_rate(centre + half)
     tried = sorted(losses)
-    values = tuple(losses[k] for k in tried)
-    return Grid(tuple(2.0**k for k in tried), values, values.index(min(values)))
+    return Grid(
+        rates=tuple(2.0**k for k in tried),
+        losses=tuple(losses[k] for k in tried),
+        best=tried.index(best()),
+    )

@@ -1,6 +1,13 @@
 """Backends: each trains a task under one framework and returns the same trajectory."""
 
-from cdat_lab.backends._availability import BACKENDS, Backend, available, load, single_threaded
+from cdat_lab.backends._availability import (
+    BACKENDS,
+    Backend,
+    available,
+    load,
+    package_hindrance,
+    single_threaded,
+)
 from cdat_lab.backends._trajectory import Problem, Trajectory
 
 __all__ = [
@@ -10,5 +17,6 @@ __all__ = [
     "Trajectory",
     "available",
     "load",
+    "package_hindrance",
     "single_threaded",
 ]

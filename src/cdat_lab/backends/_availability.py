@@ -39,6 +39,11 @@ class Backend:
     label: str
     requires: tuple[str, ...]
 
+    @property
+    def extra(self) -> str:
+        """The extra of this package that brings what is required."""
+        return "lab" if self.name == "numpy" else self.name
+
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
         return [name for name in self.requires if not _installed(name)]
@@ -51,7 +56,7 @@ class Backend:
         """Return one phrase: the version, or how to install it."""
         missing = self.missing()
         if missing:
-            return f'{" and ".join(missing)} not installed (pip install "cdat[{self.name}]")'
+            return f'{" and ".join(missing)} not installed (pip install "cdat[{self.extra}]")'
         return ", ".join(f"{name} {version}" for name, version in self.versions().items())
 
 
@@ -60,8 +65,28 @@ BACKENDS = {
     for backend in (
         Backend("jax", "JAX", ("jax", "optax")),
         Backend("torch", "PyTorch", ("torch",)),
+        Backend("numpy", "NumPy", ("numpy", "autograd")),
     )
 }
+
+
+PACKAGES = {
+    ("prodigy", "jax"): "optax",
+    ("schedule-free", "jax"): "optax",
+    ("prodigy", "torch"): "prodigyopt",
+    ("schedule-free", "torch"): "schedulefree",
+}
+"""Which package has a whole optimizer for a backend."""
+
+
+def package_hindrance(optimizer: str, backend: str) -> str | None:
+    """Return why an optimizer from another package cannot run under a backend, None if it can."""
+    package = PACKAGES.get((optimizer, backend))
+    if package is None:
+        return f"{optimizer} is not available under {backend}"
+    if not _installed(package):
+        return f"{optimizer} needs {package} (pip install {package})"
+    return None
 
 
 def _installed(name: str) -> bool:

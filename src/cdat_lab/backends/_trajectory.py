@@ -12,11 +12,11 @@ from cdat_lab.bases import Base
 from cdat_lab.contenders import Contender
 from cdat_lab.tasks import Task
 
-FIRST_MATVECS = 60
-"""Hessian-vector products spent on the first sharpness, from a random vector."""
+MATVECS = 8
+"""Hessian-vector products for a sharpness, by Lanczos from the last eigenvector."""
 
-MATVECS = 5
-"""Hessian-vector products spent on each later sharpness, from the last vector."""
+FIRST_RESTARTS = 5
+"""How often the first one is restarted, since it begins in a random vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +35,14 @@ class Problem:
         Arguments of the rule.
     steps : int
         Length of the run.
-    sharpness_every : int
-        Steps from one sharpness to the next.
+    record_every : int
+        Steps from one record to the next.
+    sharpness : bool
+        Whether the records have the sharpness.
+    batch_size : int or None
+        Rows of a mini-batch; None for the full batch.
     seed : int
-        Seed of the first vector of the power iteration.
+        Seed of the mini-batches and of the first vector for the sharpness.
     """
 
     task: Task
@@ -46,33 +50,62 @@ class Problem:
     contender: Contender
     hyperparameters: Mapping[str, float]
     steps: int
-    sharpness_every: int
+    record_every: int
+    sharpness: bool
+    batch_size: int | None
     seed: int
 
     def probe(self) -> tuple[NDArray[np.float64], ...]:
-        """Return the first vector of the power iteration, shaped like the weights."""
+        """Return a random vector, shaped like the weights, in which the first sharpness begins."""
         generator = np.random.default_rng([self.seed, 1])
         return tuple(generator.standard_normal(p.shape) for p in self.task.params)
+
+    def batches(self) -> NDArray[np.int64] | None:
+        """Return the rows of each mini-batch, shape (steps, batch_size); None in full batch.
+
+        Each pass over the data is a new permutation; rows left over at its end are dropped.
+        """
+        if self.batch_size is None:
+            return None
+        samples = len(self.task.inputs)
+        generator = np.random.default_rng([self.seed, 2])
+        each = samples // self.batch_size
+        passes = -(-self.steps // each)
+        rows = [
+            generator.permutation(samples)[: each * self.batch_size].reshape(each, -1)
+            for _ in range(passes)
+        ]
+        return np.concatenate(rows)[: self.steps]
+
+    def record_steps(self) -> NDArray[np.int64]:
+        """Return the steps before which a record is made: 0, record_every, ..., and the end."""
+        return np.append(np.arange(0, self.steps, self.record_every), self.steps)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What happened at each step; index t belongs to the weights before step t.
+    """What happened; index t belongs to the weights before step t.
 
     Attributes
     ----------
-    loss : ndarray of float64, shape (steps + 1,)
-        The loss; the last entry is that of the final weights.
+    loss : ndarray of float64, shape (steps,)
+        The loss of each step on its batch.
     learning_rate, slope : ndarray of float64, shape (steps,)
-        The rate of the step and the directional derivative <g, u>.
+        The rate of the step and the directional derivative <g, u>; NaN where the contender has
+        none to show.
     curvature : ndarray of float64, shape (steps,)
         The directional curvature <u, H u>; NaN where the rule did not ask for it.
-    sharpness : ndarray of float64, shape (steps,)
-        Largest eigenvalue of the Hessian, preconditioned if the base is; NaN between refreshes.
+    trials : ndarray of int64, shape (steps,)
+        Rates that a line search tried; 0 for other rules.
     skipped : ndarray of int64, shape (steps,)
         Steps skipped so far because something was not finite.
-    seconds_per_step : float
-        Wall-clock time without compilation, sharpness included.
+    full_loss : ndarray of float64, shape (records,)
+        The loss on all data before the steps `Problem.record_steps`.
+    sharpness : ndarray of float64, shape (records,)
+        Largest eigenvalue of the Hessian on all data, preconditioned if the base is; NaN where it
+        was not asked for, and before the first step of a preconditioned base.
+    seconds : ndarray of float64, shape (records,)
+        Wall-clock time of the steps so far, without compilation and without the records.
     compile_seconds : float
         Time spent compiling for this run; 0 where there was nothing to compile.
     """
@@ -81,7 +114,9 @@ class Trajectory:
     learning_rate: NDArray[np.float64]
     slope: NDArray[np.float64]
     curvature: NDArray[np.float64]
-    sharpness: NDArray[np.float64]
+    trials: NDArray[np.int64]
     skipped: NDArray[np.int64]
-    seconds_per_step: float
+    full_loss: NDArray[np.float64]
+    sharpness: NDArray[np.float64]
+    seconds: NDArray[np.float64]
     compile_seconds: float

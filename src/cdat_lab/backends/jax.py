@@ -1,24 +1,27 @@
-"""The JAX backend: a run is one compiled scan, with the hyperparameters as traced arguments."""
+"""The JAX backend: the steps between two records are one compiled loop."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 import cdat_jax
-from cdat_core import PowerIterationState, power_iteration
-from cdat_lab.backends._trajectory import FIRST_MATVECS, MATVECS, Problem, Trajectory
+from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
 from cdat_lab.bases import Base
+from cdat_lab.contenders import Rule
+from cdat_lab.tasks import Task
 
 Params: TypeAlias = Any
-Loss = Callable[[Params], Any]
+COLUMNS = ("loss", "learning_rate", "slope", "curvature", "trials", "skipped")
 
 
 def run(problem: Problem) -> Trajectory:
@@ -34,141 +37,236 @@ def run(problem: Problem) -> Trajectory:
     Trajectory
     """
     with jax.enable_x64(True):
-        task = problem.task
-        # Hashable parts are static: runs that share them share one compiled function.
-        names = tuple(sorted(problem.hyperparameters))
-        values = tuple(jnp.asarray(problem.hyperparameters[name]) for name in names)
-        arguments = (
-            values,
-            tuple(map(jnp.asarray, task.params)),
-            jnp.asarray(task.inputs),
-            jnp.asarray(task.targets),
-            tuple(map(jnp.asarray, problem.probe())),
-        )
-        shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(arguments))
-        started = time.perf_counter()
-        compiled = _compiled(
-            task.loss,
+        return _run(problem)
+
+
+class Program(NamedTuple):
+    """What decides the compiled loop; problems that share it share one compilation."""
+
+    model: Any
+    criterion: Any
+    base: Base
+    rule: Callable[..., Rule] | None
+    names: tuple[str, ...]
+    curvature: str
+    optimizer: str | None
+    steps: int
+    length: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> Program:
+        """Return the static part of a problem."""
+        return cls(
+            problem.task.model,
+            problem.task.criterion,
             problem.base,
             problem.contender.rule,
-            names,
+            tuple(sorted(problem.hyperparameters)),
+            problem.contender.curvature,
+            problem.contender.optimizer,
             problem.steps,
-            problem.sharpness_every,
-            shapes,
+            min(problem.record_every, problem.steps),
         )
-        if not compiled:
-            program = jax.jit(_program(problem, names))
-            compiled.append(program.lower(*arguments).compile())
-        compile_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        final_loss, columns = compiled[0](*arguments)
-        final_loss.block_until_ready()
-        seconds = time.perf_counter() - started
+
+    def loss(self) -> cdat_jax.CompositeLoss:
+        """Return the loss as a function of the parameters, and of `inputs` and `targets`."""
+        return cdat_jax.CompositeLoss(
+            lambda params, inputs: self.model(jnp, params, inputs),
+            lambda outputs, targets: self.criterion(jnp, outputs, targets),
+        )
+
+    def solver(self, values: tuple[Any, ...]) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer with its hyperparameters, which may be traced."""
+        hyperparameters = dict(zip(self.names, values, strict=True))
+        if self.optimizer == "prodigy":
+            return optax.with_extra_args_support(optax.contrib.prodigy(1.0))
+        if self.optimizer == "schedule-free":
+            rate = hyperparameters["learning_rate"]
+            return optax.with_extra_args_support(optax.contrib.schedule_free_adamw(rate))
+        assert self.rule is not None
+        rule = self.rule(self.steps, **hyperparameters)
+        return cdat_jax.tuned(transformation(self.base), rule, curvature=self.curvature)
+
+    def evaluated(self, state: Any, params: Params) -> Params:
+        """Return the parameters at which the optimizer wants to be judged."""
+        if self.optimizer == "schedule-free":
+            return optax.contrib.schedule_free_eval_params(state, params)
+        return params
+
+
+def transformation(base: Base) -> optax.GradientTransformation:
+    """Return a base optimizer as a transformation of Optax at learning rate 1."""
+    if not base.builtin:
+        if base.optax is None:
+            msg = f"base optimizer {base.name!r} has no `optax` constructor, so not under JAX"
+            raise ValueError(msg)
+        built: optax.GradientTransformation = base.optax()
+        return built
+    if base.second_moment is not None:
+        return optax.adam(1.0, b1=base.momentum, b2=base.second_moment, eps=base.eps)
+    if base.momentum:
+        return optax.chain(optax.trace(base.momentum), optax.scale(-1.0))
+    return optax.scale(-1.0)
+
+
+def _run(problem: Problem) -> Trajectory:
+    program = Program.of(problem)
+    values = tuple(jnp.asarray(problem.hyperparameters[name]) for name in program.names)
+    params = tuple(map(jnp.asarray, problem.task.params))
+    data = {
+        "inputs": jnp.asarray(problem.task.inputs),
+        "targets": jnp.asarray(problem.task.targets),
+    }
+    rows = problem.batches()
+    records = problem.record_steps()
+    state = jax.jit(lambda params: program.solver(values).init(params))(params)
+    carry = jax.tree.map(jnp.copy, (params, state))
+    first = _rows(rows, 0, program.length)
+    advance, compile_seconds = _compiled_loop(program, (values, carry, data, first, 0))
+    sharpness = _Sharpness(problem, data)
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    full_loss, sharp, seconds = [], [], [0.0]
+    for start, end in itertools.pairwise(records):
+        full_loss.append(_full_loss(program, carry[1], carry[0], data))
+        sharp.append(sharpness(carry[0], carry[1], taken=int(start)))
+        batch, number = _rows(rows, start, program.length), int(end - start)
+        _wait(full_loss[-1])
+        began = time.perf_counter()
+        carry, measured = advance(values, carry, data, batch, number)
+        _wait(carry)
+        seconds.append(seconds[-1] + time.perf_counter() - began)
+        for name, column in zip(COLUMNS, measured, strict=True):
+            columns[name].append(np.asarray(column)[:number])
+    full_loss.append(_full_loss(program, carry[1], carry[0], data))
+    sharp.append(sharpness(carry[0], carry[1], taken=problem.steps))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Trajectory(
-        loss=np.append(np.asarray(columns["loss"]), final_loss),
-        learning_rate=np.asarray(columns["learning_rate"]),
-        slope=np.asarray(columns["slope"]),
-        curvature=np.asarray(columns["curvature"]),
-        sharpness=np.asarray(columns["sharpness"]),
-        skipped=np.asarray(columns["skipped"], dtype=np.int64),
-        seconds_per_step=seconds / problem.steps,
+        **{**joined, **{n: joined[n].astype(np.int64) for n in ("trials", "skipped")}},
+        full_loss=np.array(full_loss, dtype=np.float64),
+        sharpness=np.array(sharp, dtype=np.float64),
+        seconds=np.array(seconds),
         compile_seconds=compile_seconds,
     )
 
 
+def _wait(arrays: Any) -> None:
+    jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
+
+
+def _rows(rows: np.ndarray[Any, Any] | None, start: Any, length: int) -> jax.Array | None:
+    """Return the batches of the next `length` steps; the last one is repeated to fill up."""
+    if rows is None:
+        return None
+    return jnp.asarray(rows[np.minimum(start + np.arange(length), len(rows) - 1)])
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled(*key: Any) -> list[Any]:
-    """Return the slot in which the compiled function of these static parts is kept."""
-    del key
+def _slot(program: Program, shapes: tuple[Any, ...]) -> list[Any]:
+    """Return where the compiled loop of this program is kept."""
+    del program, shapes
     return []
 
 
-def _program(problem: Problem, names: tuple[str, ...]) -> Callable[..., Any]:
-    """Return the whole run as a function of arrays."""
-    base, every = problem.base, problem.sharpness_every
-    task_loss, rule, steps = problem.task.loss, problem.contender.rule, problem.steps
+def _compiled_loop(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
+    """Return the compiled loop and the seconds that compiling took, 0 if it was there."""
+    shapes = tuple((jnp.shape(a), str(jnp.result_type(a))) for a in jax.tree.leaves(arguments))
+    kept = _slot(program, shapes)
+    if kept:
+        return kept[0], 0.0
+    began = time.perf_counter()
+    loop = jax.jit(functools.partial(_loop, program), donate_argnums=1)
+    kept.append(loop.lower(*arguments).compile())
+    return kept[0], time.perf_counter() - began
 
-    def program(
-        values: tuple[jax.Array, ...],
-        params: Params,
-        inputs: jax.Array,
-        targets: jax.Array,
-        probe: Params,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        def loss(params: Params) -> Any:
-            return task_loss(params, inputs, targets)
 
-        tuner = rule(steps, **dict(zip(names, values, strict=True)))
-        solver = optax.chain(_base_transform(base), cdat_jax.scale_by_tuner(tuner))
+def _loop(
+    program: Program,
+    values: tuple[Any, ...],
+    carry: Any,
+    data: dict[str, jax.Array],
+    rows: jax.Array | None,
+    number: jax.Array,
+) -> tuple[Any, tuple[jax.Array, ...]]:
+    """Take `number` steps; return the new carry and what was measured, in rows."""
+    solver, loss = program.solver(values), program.loss()
+    wide = jnp.zeros(program.length)
+    empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
 
-        def step(carry: Any, index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-            params, state, power = carry
-            value, grads = jax.value_and_grad(loss)(params)
-            updates, state = solver.update(
-                grads, state, params, value=value, grad=grads, value_fn=loss
-            )
-            due = index % every == 0
-            power = jax.lax.cond(
-                due,
-                lambda: _sharpen(loss, params, base, state[0], power, index),
-                lambda: power,
-            )
-            info = state[-1].info
-            columns = {
-                "loss": value,
-                "learning_rate": state[-1].learning_rate,
-                "slope": info.slope,
-                "curvature": jnp.nan * value if info.curvature is None else info.curvature,
-                "sharpness": jnp.where(due, power.eigenvalue, jnp.nan),
-                "skipped": info.skipped,
-            }
-            return (optax.apply_updates(params, updates), state, power), columns
-
-        norm = jnp.sqrt(cdat_jax.TreeSpace().vdot(probe, probe))
-        power = PowerIterationState(
-            jax.tree.map(lambda p: p / norm, probe), 0 * norm, 0 * norm, jnp.int32(0)
+    def step(index: Any, moving: Any) -> Any:
+        (params, state), columns = moving
+        batch = data if rows is None else {k: jnp.take(x, rows[index], 0) for k, x in data.items()}
+        value, grads = jax.value_and_grad(loss)(params, **batch)
+        updates, state = solver.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss, **batch
         )
-        carry = (params, solver.init(params), power)
-        (params, _, _), columns = jax.lax.scan(step, carry, jnp.arange(steps))
-        return loss(params), columns
+        measured = (value, *_shown(program, state))
+        columns = tuple(c.at[index].set(m) for c, m in zip(columns, measured, strict=True))
+        return (optax.apply_updates(params, updates), state), columns
 
-    return program
-
-
-def _base_transform(base: Base) -> optax.GradientTransformation:
-    if base.second_moment is not None:
-        return optax.adam(1.0, b1=base.momentum, b2=base.second_moment, eps=base.eps)
-    return optax.chain(optax.trace(base.momentum), optax.scale(-1.0))
-
-
-def _inverse_sqrt(base: Base, state: Any, params: Params) -> Params:
-    """Return the diagonal of P^-1/2, where the base steps along ``-P^-1 m``."""
-    if base.second_moment is None:
-        return jax.tree.map(jnp.ones_like, params)
-    adam = state[0]
-    correction = 1 - base.second_moment**adam.count
-    return jax.tree.map(lambda nu: 1 / jnp.sqrt(jnp.sqrt(nu / correction) + base.eps), adam.nu)
-
-
-def _sharpen(
-    loss: Loss,
-    params: Params,
-    base: Base,
-    base_state: Any,
-    power: PowerIterationState[Params],
-    index: jax.Array,
-) -> PowerIterationState[Params]:
-    """Continue the power iteration on P^-1/2 H P^-1/2 at the present weights."""
-    product = cdat_jax.hvp(loss, params)
-    diagonal = _inverse_sqrt(base, base_state, params)
-
-    def operator(v: Params, /) -> Params:
-        inner = product(jax.tree.map(jnp.multiply, diagonal, v))
-        return jax.tree.map(jnp.multiply, diagonal, inner)
-
-    def once(_: jax.Array, state: PowerIterationState[Params]) -> PowerIterationState[Params]:
-        return power_iteration(operator, state, num_matvecs=1, space=cdat_jax.TreeSpace())
-
-    matvecs = jnp.where(index == 0, FIRST_MATVECS, MATVECS)
-    result: PowerIterationState[Params] = jax.lax.fori_loop(0, matvecs, once, power)
+    result: tuple[Any, tuple[jax.Array, ...]] = jax.lax.fori_loop(0, number, step, (carry, empty))
     return result
+
+
+def _shown(program: Program, state: Any) -> tuple[Any, ...]:
+    """Return rate, slope, curvature, trials and skipped steps of the step that led to a state."""
+    if program.optimizer is not None:
+        rate = state.estim_lr if program.optimizer == "prodigy" else jnp.nan
+        return rate, jnp.nan, jnp.nan, 0, 0
+    tuner = state.tuner
+    curvature = jnp.nan if tuner.info.curvature is None else tuner.info.curvature
+    trials = getattr(tuner.tuner_state, "trials", 0)
+    return tuner.learning_rate, tuner.info.slope, curvature, trials, tuner.info.skipped
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_loss(program: Program, state: Any, params: Params, data: dict[str, jax.Array]) -> Any:
+    return program.loss()(program.evaluated(state, params), **data)
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_loss(task_model: Any, task_criterion: Any) -> Callable[..., Any]:
+    """Return the loss of parameters and data, one object for each task, so compiled once."""
+
+    def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> Any:
+        return task_criterion(jnp, task_model(jnp, params, inputs), targets)
+
+    return loss
+
+
+class _Sharpness:
+    """The largest eigenvalue of the Hessian on all data, tracked from record to record."""
+
+    def __init__(self, problem: Problem, data: dict[str, jax.Array]) -> None:
+        task: Task = problem.task
+        self._wanted = problem.sharpness
+        self._base = problem.base
+        self._preconditioned = problem.base.preconditioned and problem.contender.optimizer is None
+        self._loss = _plain_loss(task.model, task.criterion)
+        self._data = (data["inputs"], data["targets"])
+        self._vector: Params = tuple(map(jnp.asarray, problem.probe()))
+        self._restarts = FIRST_RESTARTS
+
+    def __call__(self, params: Params, state: Any, *, taken: int) -> float:
+        if not self._wanted or (self._preconditioned and taken == 0):
+            return float("nan")
+        inverse_sqrt = None
+        if self._preconditioned:
+            inverse_sqrt = cdat_jax.adam_inverse_sqrt(
+                state.base, b2=self._base.second_moment, eps=self._base.eps
+            )
+        value = float("nan")
+        for _ in range(self._restarts):
+            found = cdat_jax.top_eigenvalues(
+                self._loss,
+                params,
+                *self._data,
+                num_matvecs=MATVECS,
+                start=self._vector,
+                inverse_sqrt=inverse_sqrt,
+            )
+            value = float(found.values[0])
+            if not np.isfinite(value):
+                return float("nan")
+            self._vector = found.vectors[0]
+        self._restarts = 1
+        return value

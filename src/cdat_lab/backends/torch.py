@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
+import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor
 
 import cdat_torch
-from cdat_core import HessianVectorProduct, PowerIterationState, power_iteration
-from cdat_lab.backends._trajectory import FIRST_MATVECS, MATVECS, Problem, Trajectory
+from cdat_core.linesearch import LineSearch
+from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
 from cdat_lab.bases import Base
 
-Power = PowerIterationState[Sequence[Tensor]] | Sequence[Tensor]
+NAN = float("nan")
 
 
 def run(problem: Problem) -> Trajectory:
@@ -31,89 +33,159 @@ def run(problem: Problem) -> Trajectory:
     Trajectory
     """
     task, steps = problem.task, problem.steps
-    inputs, targets = torch.from_numpy(task.inputs), torch.from_numpy(task.targets)
+    data = (torch.from_numpy(task.inputs), torch.from_numpy(task.targets))
     params = [torch.tensor(p, requires_grad=True) for p in task.params]
-    probe: Power = [torch.from_numpy(p) for p in problem.probe()]
-    rule = problem.contender.rule(steps, **problem.hyperparameters)
-    base = _base_optimizer(problem.base, params)
-    optimizer = cdat_torch.TunedOptimizer(base, rule)
-
-    def loss() -> Tensor:
-        value: Tensor = task.loss(params, inputs, targets)
-        return value
-
-    infos: list[cdat_torch.StepInfo] = []
-    losses: list[Tensor] = []
-    sharpness = np.full(steps, np.nan)
-    started = time.perf_counter()
-    for index in range(steps):
-        due = index % problem.sharpness_every == 0
-        before = [p.detach().clone().requires_grad_() for p in params] if due else []
-        losses.append(optimizer.step(loss))
-        assert optimizer.last is not None
-        infos.append(optimizer.last)
-        if due:
-            # The preconditioner of this step exists only now; the weights are those before it.
-            product = cdat_torch.hvp(functools.partial(task.loss, before, inputs, targets), before)
-            probe = _sharpen(
-                product,
-                _inverse_sqrt(problem.base, base, params),
-                probe,
-                MATVECS if index else FIRST_MATVECS,
-            )
-            sharpness[index] = float(probe.eigenvalue)
-    with torch.no_grad():
-        losses.append(loss())
-    seconds = time.perf_counter() - started
+    rows = problem.batches()
+    trainer = _Package(problem, params) if problem.contender.optimizer else _Tuned(problem, params)
+    sharpness = _Sharpness(problem, params, data)
+    columns: list[tuple[Any, ...]] = []
+    full_loss, sharp, seconds, spent = [], [], [], 0.0
+    due = set(problem.record_steps().tolist())
+    for index in range(steps + 1):
+        if index in due:
+            full_loss.append(trainer.full_loss(data))
+            sharp.append(sharpness(trainer.base, taken=index))
+            seconds.append(spent)
+        if index == steps:
+            break
+        batch = data if rows is None else tuple(x[torch.from_numpy(rows[index])] for x in data)
+        began = time.perf_counter()
+        columns.append(trainer.step(*batch))
+        spent += time.perf_counter() - began
+    loss, rate, slope, curvature, trials, skipped = zip(*columns, strict=True)
     return Trajectory(
-        loss=np.array([float(value) for value in losses]),
-        learning_rate=np.array([float(info.learning_rate) for info in infos]),
-        slope=np.array([_number(info.slope) for info in infos]),
-        curvature=np.array([_number(info.curvature) for info in infos]),
-        sharpness=sharpness,
-        skipped=np.array([int(info.skipped) for info in infos], dtype=np.int64),
-        seconds_per_step=seconds / steps,
+        loss=np.array([_number(x) for x in loss]),
+        learning_rate=np.array([_number(x) for x in rate]),
+        slope=np.array([_number(x) for x in slope]),
+        curvature=np.array([_number(x) for x in curvature]),
+        trials=np.array(trials, dtype=np.int64),
+        skipped=np.array([int(x) for x in skipped], dtype=np.int64),
+        full_loss=np.array(full_loss),
+        sharpness=np.array(sharp),
+        seconds=np.array(seconds),
         compile_seconds=0.0,
     )
 
 
-def _number(scalar: Tensor | None) -> float:
-    return float("nan") if scalar is None else float(scalar)
+def _number(scalar: Tensor | float | None) -> float:
+    return NAN if scalar is None else float(scalar)
 
 
-def _base_optimizer(base: Base, params: list[Tensor]) -> torch.optim.Optimizer:
+def optimizer(base: Base, params: list[Tensor]) -> torch.optim.Optimizer:
+    """Return a base optimizer of torch.optim at learning rate 1."""
+    if not base.builtin:
+        if base.torch is None:
+            msg = f"base optimizer {base.name!r} has no `torch` constructor, so not under PyTorch"
+            raise ValueError(msg)
+        built: torch.optim.Optimizer = base.torch(list(params))
+        return built
     if base.second_moment is not None:
         betas = (base.momentum, base.second_moment)
         return torch.optim.Adam(params, lr=1.0, betas=betas, eps=base.eps)
     return torch.optim.SGD(params, lr=1.0, momentum=base.momentum)
 
 
-def _inverse_sqrt(
-    base: Base, optimizer: torch.optim.Optimizer, params: list[Tensor]
-) -> list[Tensor]:
-    """Return the diagonal of P^-1/2, where the base steps along ``-P^-1 m``."""
-    if base.second_moment is None or not optimizer.state:
-        return [torch.ones_like(p) for p in params]
-    diagonal = []
-    for p in params:
-        state = optimizer.state[p]
-        correction = 1 - base.second_moment ** float(state["step"])
-        diagonal.append(((state["exp_avg_sq"] / correction).sqrt() + base.eps).rsqrt())
-    return diagonal
+class _Tuned:
+    """A base optimizer under a rule for its rate."""
+
+    def __init__(self, problem: Problem, params: list[Tensor]) -> None:
+        contender = problem.contender
+        assert contender.rule is not None
+        self._params, self._task = params, problem.task
+        self.base = optimizer(problem.base, params)
+        rule = contender.rule(problem.steps, **problem.hyperparameters)
+        self._searches = isinstance(rule, LineSearch)
+        self._optimizer = cdat_torch.TunedOptimizer(self.base, rule, curvature=contender.curvature)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Any, ...]:
+        calls = 0
+
+        def outputs() -> Tensor:
+            nonlocal calls
+            calls += 1
+            found: Tensor = self._task.model(xp, self._params, inputs)
+            return found
+
+        def criterion(outputs: Tensor) -> Tensor:
+            found: Tensor = self._task.criterion(xp, outputs, targets)
+            return found
+
+        loss = self._optimizer.step(cdat_torch.CompositeLoss(outputs, criterion))
+        last = self._optimizer.last
+        assert last is not None
+        trials = calls - 1 if self._searches else 0
+        return loss, last.learning_rate, last.slope, last.curvature, trials, last.skipped
+
+    def full_loss(self, data: tuple[Tensor, ...]) -> float:
+        with torch.no_grad():
+            return float(self._task.loss(xp, self._params, *data))
 
 
-def _sharpen(
-    product: HessianVectorProduct[Sequence[Tensor]],
-    diagonal: list[Tensor],
-    power: Power,
-    num_matvecs: int,
-) -> PowerIterationState[Sequence[Tensor]]:
-    """Continue the power iteration on P^-1/2 H P^-1/2."""
+class _Package:
+    """A whole optimizer from another package."""
 
-    def operator(v: Sequence[Tensor], /) -> Sequence[Tensor]:
-        inner = product([d * x for d, x in zip(diagonal, v, strict=True)])
-        return [d * x for d, x in zip(diagonal, inner, strict=True)]
+    def __init__(self, problem: Problem, params: list[Tensor]) -> None:
+        self._params, self._task = params, problem.task
+        self.base = _package_optimizer(problem, params)
 
-    return power_iteration(
-        operator, power, num_matvecs=num_matvecs, space=cdat_torch.TensorListSpace()
+    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Any, ...]:
+        self.base.zero_grad()
+        loss = self._task.loss(xp, self._params, inputs, targets)
+        loss.backward()
+        self.base.step()
+        group = self.base.param_groups[0]
+        return loss.detach(), group.get("d", NAN), NAN, NAN, 0, 0
+
+    def full_loss(self, data: tuple[Tensor, ...]) -> float:
+        # Schedule-free keeps its average beside the weights at which it takes gradients.
+        switch: Callable[[], None] | None = getattr(self.base, "eval", None)
+        if switch is not None:
+            switch()
+        with torch.no_grad():
+            loss = float(self._task.loss(xp, self._params, *data))
+        if switch is not None:
+            self.base.train()  # type: ignore[attr-defined]
+        return loss
+
+
+def _package_optimizer(problem: Problem, params: list[Tensor]) -> torch.optim.Optimizer:
+    if problem.contender.optimizer == "prodigy":
+        prodigy: torch.optim.Optimizer = importlib.import_module("prodigyopt").Prodigy(params)
+        return prodigy
+    free: Any = importlib.import_module("schedulefree").AdamWScheduleFree(
+        params, lr=problem.hyperparameters["learning_rate"]
     )
+    free.train()
+    return free  # type: ignore[no-any-return]
+
+
+class _Sharpness:
+    """The largest eigenvalue of the Hessian on all data, tracked from record to record."""
+
+    def __init__(self, problem: Problem, params: list[Tensor], data: tuple[Tensor, ...]) -> None:
+        self._wanted = problem.sharpness
+        self._preconditioned = problem.base.preconditioned and problem.contender.optimizer is None
+        self._task, self._params, self._data = problem.task, params, data
+        self._vector: Any = [torch.from_numpy(p) for p in problem.probe()]
+        self._restarts = FIRST_RESTARTS
+
+    def __call__(self, base: torch.optim.Optimizer, *, taken: int) -> float:
+        if not self._wanted or (self._preconditioned and taken == 0):
+            return NAN
+        if not all(bool(torch.isfinite(p).all()) for p in self._params):
+            return NAN
+        value = NAN
+        for _ in range(self._restarts):
+            found = cdat_torch.top_eigenvalues(
+                lambda: self._task.loss(xp, self._params, *self._data),
+                self._params,
+                num_matvecs=MATVECS,
+                start=self._vector,
+                inverse_sqrt=base if self._preconditioned else None,
+            )
+            value = float(found.values[0])
+            if not np.isfinite(value):
+                return NAN
+            self._vector = list(found.vectors[0])
+        self._restarts = 1
+        return value

@@ -1,0 +1,341 @@
+"""The NumPy backend: a plain loop over the core, with derivatives by HIPS autograd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from autograd.builtins import tuple as traced_tuple
+from autograd.differential_operators import make_hvp, make_vjp, value_and_grad
+from numpy.typing import NDArray
+
+from cdat_core import (
+    HessianVectorProduct,
+    Measurement,
+    TupleSpace,
+    directional_curvature,
+    preconditioned,
+    top_eigenvalues,
+)
+from cdat_core.linesearch import LineSearch
+from cdat_core.tuners import Tuner
+from cdat_lab.backends import _autograd_namespace as xp
+from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
+from cdat_lab.bases import Base
+from cdat_lab.tasks import Task
+
+Params: TypeAlias = tuple[NDArray[np.float64], ...]
+Product: TypeAlias = HessianVectorProduct[Params]
+
+SPACE = TupleSpace()
+
+
+def run(problem: Problem) -> Trajectory:
+    """Train a task under NumPy, in float64.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to run.
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    ValueError
+        If the contender is a whole optimizer, asks for an unknown curvature, or the base optimizer
+        is built for other frameworks.
+    """
+    contender, base = problem.contender, problem.base
+    if contender.rule is None or contender.optimizer is not None:
+        msg = (
+            f"contender {contender.name!r} is an optimizer of another package, which the numpy "
+            "backend does not have; run it under jax or torch"
+        )
+        raise ValueError(msg)
+    if contender.curvature not in {"auto", "gauss_newton"}:
+        msg = (
+            "curvature must be 'auto' or 'gauss_newton' under the numpy backend, "
+            f"contender {contender.name!r} has {contender.curvature!r}"
+        )
+        raise ValueError(msg)
+    if not base.builtin:
+        msg = (
+            f"base {base.name!r} is built for other frameworks; the numpy backend has the "
+            "optimizers that coefficients describe (gd, momentum, rmsprop, adam and their like)"
+        )
+        raise ValueError(msg)
+    rule = contender.rule(problem.steps, **problem.hyperparameters)
+    rate: Rate
+    if isinstance(rule, LineSearch):
+        rate = SearchedRate(rule)
+    else:
+        rate = TunedRate(rule, contender.curvature, Sharpness(problem.probe()))
+    with np.errstate(all="ignore"):  # a run may diverge
+        return _train(problem, rate)
+
+
+def _train(problem: Problem, rate: Rate) -> Trajectory:
+    """Run the steps and make the records."""
+    task, base = problem.task, problem.base
+    whole, batches = Objective(task), problem.batches()
+    record_steps = set(problem.record_steps().tolist())
+    sharpness = Sharpness(problem.probe())
+    params, state, seconds = task.params, start(base, task.params), 0.0
+    decisions: list[Decision] = []
+    records: list[tuple[float, float, float]] = []
+
+    for step in range(problem.steps + 1):
+        if step in record_steps:
+            found = float("nan")
+            if problem.sharpness and (state.step > 0 or not base.preconditioned):
+                found = sharpness.measure(whole.hvp(params), inverse_sqrt(base, state))
+            records.append((float(whole.value(params)), found, seconds))
+        if step == problem.steps:
+            break
+        started = time.perf_counter()
+        objective = whole if batches is None else Objective(task, batches[step])
+        value, grads, hvp = objective.derivatives(params, second=rate.uses_hessian)
+        direction, proposed = advance(base, grads, state)
+        scale = inverse_sqrt(base, proposed)
+        decision = rate.decide(Point(objective, params, value, grads, hvp, direction, scale))
+        if not decision.skip:
+            params, state = SPACE.add_scale(params, decision.learning_rate, direction), proposed
+        decisions.append(decision)
+        seconds += time.perf_counter() - started
+
+    taken = Decision(*np.array(decisions, dtype=np.float64).T)
+    full_loss, sharpnesses, times = np.array(records).T
+    return Trajectory(
+        loss=taken.value,
+        learning_rate=taken.learning_rate,
+        slope=taken.slope,
+        curvature=taken.curvature,
+        trials=taken.trials.astype(np.int64),
+        skipped=np.cumsum(taken.skip).astype(np.int64),
+        full_loss=full_loss,
+        sharpness=sharpnesses,
+        seconds=times,
+        compile_seconds=0.0,
+    )
+
+
+class Objective:
+    """The loss of a task on some of its rows, and its derivatives."""
+
+    def __init__(self, task: Task, rows: NDArray[np.int64] | None = None) -> None:
+        self.task = task
+        self.inputs = task.inputs if rows is None else task.inputs[rows]
+        self.targets = task.targets if rows is None else task.targets[rows]
+
+    def outputs(self, params: Any) -> Any:
+        """Return the outputs of the model; `params` may be traced."""
+        # What autograd traces in place of a tuple is none; the model gets a list of arrays.
+        return self.task.model(xp, [params[i] for i in range(len(params))], self.inputs)
+
+    def value(self, params: Any) -> Any:
+        """Return the loss; `params` may be traced."""
+        return self.task.criterion(xp, self.outputs(params), self.targets)
+
+    def derivatives(self, params: Params, *, second: bool) -> tuple[Any, Params, Product | None]:
+        """Return the loss, its gradient and, if asked for, the product with its Hessian."""
+        if not second:
+            value, grads = value_and_grad(self.value)(params)
+            return value, grads, None
+        # One trace of loss and gradient together, from which each product only goes backward.
+        pull_back, (value, grads) = make_vjp(
+            lambda params: traced_tuple(value_and_grad(self.value)(params))
+        )(params)
+        return value, grads, lambda v: pull_back((0.0, v))
+
+    def hvp(self, params: Params) -> Product:
+        """Return the product with the Hessian."""
+        product: Product = make_hvp(self.value)(params)[0]
+        return product
+
+    def gauss_newton(self, params: Params, direction: Params) -> Any:
+        """Return <J u, H_out J u>: the curvature if the model were linear in its weights."""
+        # Linear in its argument, the pullback of the pullback is the push-forward; forward mode
+        # has no rule for some of the functions that reverse mode has one for.
+        pull_back, outputs = make_vjp(self.outputs)(params)
+        push_forward, _ = make_vjp(pull_back)(np.zeros_like(outputs))
+        change = push_forward(direction)
+        product, _ = make_hvp(lambda z: self.task.criterion(xp, z, self.targets))(outputs)
+        return np.sum(change * product(change))
+
+
+class BaseState(NamedTuple):
+    """What a base optimizer remembers: steps taken, first and second moment of the gradient."""
+
+    step: int
+    first: Params
+    second: Params
+
+
+def start(base: Base, params: Params) -> BaseState:
+    """Return the state of a base optimizer before its first step."""
+    zeros = tuple(np.zeros_like(p) for p in params)
+    return BaseState(0, zeros, zeros if base.preconditioned else ())
+
+
+def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseState]:
+    """Return the update at learning rate 1 and the state after it."""
+    count, beta = state.step + 1, base.momentum
+    if base.second_moment is None:
+        first = tuple(beta * m + g for m, g in zip(state.first, grads, strict=True))
+        return tuple(-m for m in first), BaseState(count, first, ())
+    decay = base.second_moment
+    first = tuple(beta * m + (1 - beta) * g for m, g in zip(state.first, grads, strict=True))
+    second = tuple(
+        decay * v + (1 - decay) * g * g for v, g in zip(state.second, grads, strict=True)
+    )
+    state = BaseState(count, first, second)
+    pairs = zip(first, preconditioner(base, state), strict=True)
+    return tuple(-m / (1 - beta**count) / p for m, p in pairs), state
+
+
+def preconditioner(base: Base, state: BaseState) -> Params:
+    """Return the diagonal P of the last update ``-P^-1 m``, m the corrected first moment."""
+    assert base.second_moment is not None
+    correction = 1 - base.second_moment**state.step
+    return tuple(np.sqrt(v / correction) + base.eps for v in state.second)
+
+
+def inverse_sqrt(base: Base, state: BaseState) -> Callable[[Params], Params] | None:
+    """Return ``v -> P^-1/2 v``, or None where nothing is preconditioned."""
+    if not base.preconditioned:
+        return None
+    diagonal = tuple(1 / np.sqrt(p) for p in preconditioner(base, state))
+    return lambda v: tuple(d * x for d, x in zip(diagonal, v, strict=True))
+
+
+class Sharpness:
+    """The largest eigenvalue of a Hessian that changes little from one measurement to the next."""
+
+    def __init__(self, probe: Params) -> None:
+        self.start, self.restarts = probe, FIRST_RESTARTS
+
+    def measure(self, hvp: Product, scale: Callable[[Params], Params] | None) -> float:
+        """Return the largest eigenvalue of H, or of P^-1/2 H P^-1/2; NaN if it is not finite."""
+        operator = hvp if scale is None else preconditioned(hvp, scale, space=SPACE)
+        value = float("nan")
+        for _ in range(self.restarts):
+            found = top_eigenvalues(operator, self.start, num_matvecs=MATVECS, space=SPACE)
+            value = float(found.values[0])
+            if not np.isfinite(value):
+                return float("nan")
+            self.start = found.vectors[0]
+        self.restarts = 1
+        return value
+
+
+class Point(NamedTuple):
+    """Where the rate of a step is chosen: the loss and its derivatives, the update at rate 1."""
+
+    objective: Objective
+    params: Params
+    value: Any
+    grads: Params
+    hvp: Product | None
+    direction: Params
+    scale: Callable[[Params], Params] | None
+
+    @property
+    def slope(self) -> Any:
+        """The directional derivative."""
+        return SPACE.vdot(self.grads, self.direction)
+
+
+class Decision(NamedTuple):
+    """The rate of a step and what it was chosen by, or that the step is skipped."""
+
+    value: Any
+    learning_rate: Any
+    slope: Any
+    curvature: Any
+    trials: Any
+    skip: Any
+
+
+class Rate(Protocol):
+    """What chooses the rate of each step."""
+
+    uses_hessian: bool
+
+    def decide(self, point: Point) -> Decision:
+        """Return the rate of the next step."""
+        ...
+
+
+class TunedRate:
+    """The rates of a tuner."""
+
+    def __init__(self, tuner: Tuner[Any], curvature: str, sharpness: Sharpness) -> None:
+        self.tuner, self.state = tuner, tuner.init(np.zeros(()))
+        self.curvature, self.sharpness = curvature, sharpness
+        by_hessian = "curvature" in tuner.needs and curvature != "gauss_newton"
+        self.uses_hessian = by_hessian or "sharpness" in tuner.needs
+
+    def decide(self, point: Point) -> Decision:
+        """Return the rate of the tuner; it skips what is not finite."""
+        curvature = sharpness = None
+        if "curvature" in self.tuner.needs:
+            curvature = self._curvature(point)
+        if "sharpness" in self.tuner.needs:
+            assert point.hvp is not None
+            sharpness = np.asarray(self.sharpness.measure(point.hvp, point.scale))
+        before = int(self.state.skipped)
+        measurement = Measurement(point.value, point.slope, curvature, sharpness)
+        rate, self.state = self.tuner.update(measurement, self.state)
+        return Decision(
+            value=point.value,
+            learning_rate=rate,
+            slope=point.slope,
+            curvature=np.nan if curvature is None else curvature,
+            trials=0,
+            skip=int(self.state.skipped) > before,
+        )
+
+    def _curvature(self, point: Point) -> Any:
+        if self.curvature == "gauss_newton":
+            return point.objective.gauss_newton(point.params, point.direction)
+        assert point.hvp is not None
+        return directional_curvature(point.hvp, point.direction, space=SPACE)
+
+
+class SearchedRate:
+    """The rates of a line search, each from the one before."""
+
+    uses_hessian = False
+
+    def __init__(self, search: LineSearch) -> None:
+        self.search, self.last = search, np.zeros(())
+
+    def decide(self, point: Point) -> Decision:
+        """Return the rate that the search ends with; what is not finite is skipped."""
+        slope = point.slope
+        start = Measurement(point.value, slope, None)
+        state = self.search.init(start, np.zeros(()), self.last)
+        while not state.done:
+            moved = SPACE.add_scale(point.params, state.step_size, point.direction)
+            state = self.search.tell(state, *self._trial(point, moved))
+        self.last = state.step_size
+        return Decision(
+            value=point.value,
+            learning_rate=state.step_size,
+            slope=slope,
+            curvature=np.nan,
+            trials=state.trials,
+            skip=not (np.isfinite(point.value) and np.isfinite(slope)),
+        )
+
+    def _trial(self, point: Point, moved: Params) -> tuple[Any, ...]:
+        """Return the loss at a trial and, where the search asks for it, the slope."""
+        if "slope" not in self.search.trial_needs:
+            return (point.objective.value(moved),)
+        value, grads, _ = point.objective.derivatives(moved, second=False)
+        return value, SPACE.vdot(grads, point.direction)

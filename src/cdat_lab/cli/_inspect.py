@@ -1,0 +1,116 @@
+"""Commands that look at something: ``cdat sharpness``, ``cdat tasks`` and ``cdat report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cdat_lab import backends, registry, runs, terminal
+from cdat_lab.backends import Problem
+from cdat_lab.bases import BASES
+from cdat_lab.cli import _options, _session
+from cdat_lab.conduct import reopen
+from cdat_lab.contenders import CONTENDERS
+from cdat_lab.tasks import TASKS
+
+
+def sharpness(
+    task: Annotated[str, typer.Argument(help="Name of a task; `cdat tasks` lists them.")],
+    base: Annotated[str, typer.Option(help="Base optimizer.")] = "gd",
+    rule: Annotated[str, typer.Option(help="Rule for the rate.")] = "constant",
+    rate: Annotated[
+        float, typer.Option(min=0.0, help="The constant rate, or the peak of a schedule.")
+    ] = 0.01,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 400,
+    records: Annotated[int, typer.Option(min=1, help="Lines of the table, about.")] = 10,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a mini-batch.  [default: all data]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and batches.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="jax, torch or numpy.  [default: the first installed]")
+    ] = None,
+    with_: _options.With = None,
+) -> None:
+    """Train once and print how the sharpness moves: the largest eigenvalue of the Hessian.
+
+    Under RMSProp and Adam it is that of the preconditioned Hessian. The last column says how far
+    the rate sits from the edge of stability, which is at 1.
+
+    **Examples**
+
+    `cdat sharpness teacher-student --rate 0.05 --steps 2000`
+
+    `cdat sharpness digits --base adam --rule cdat-1.9`
+    """
+    _options.load_files(with_)
+    problem = _options.checked("TASK", registry.find_task, task)(seed)
+    contender = _options.checked("--rule", registry.find_contender, rule)
+    optimizer = _options.checked("--base", registry.find_base, base)
+    name = _options.one_backend(backend)
+    if contender.rule is None:
+        msg = f"must be a rule for the rate, and {rule} is a whole optimizer"
+        raise typer.BadParameter(msg, param_hint="--rule")
+    if batch_size is not None and batch_size > len(problem.inputs):
+        msg = f"must be at most {len(problem.inputs)}, the rows of {task}, got {batch_size}"
+        raise typer.BadParameter(msg, param_hint="--batch-size")
+    settings = dict(contender.hyperparameters)
+    if contender.tuned is not None:
+        settings[contender.tuned] = rate
+    run = Problem(
+        task=problem,
+        base=optimizer,
+        contender=contender,
+        hyperparameters=settings,
+        steps=steps,
+        record_every=max(1, steps // records),
+        sharpness=True,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    with backends.single_threaded():
+        trajectory = backends.load(name)(run)
+    frame = runs.to_frame(run, trajectory, backend=name)
+    terminal.show_sharpness(terminal.make_console(), run, frame)
+
+
+def tasks(with_: _options.With = None) -> None:
+    """List the tasks, base optimizers and rules that the other commands know.
+
+    **Example**
+
+    `cdat tasks`
+    """
+    _options.load_files(with_)
+    console = terminal.make_console()
+    described = [(name, factory(0).description) for name, factory in TASKS.items()]
+    terminal.show_list(console, "Tasks", described)
+    terminal.show_list(console, "Base optimizers", [(b.name, b.label) for b in BASES.values()])
+    rules = [(c.name, c.label) for c in CONTENDERS.values()]
+    terminal.show_list(console, "Rules for the rate", rules)
+    shown = [(b.name, b.describe()) for b in backends.BACKENDS.values()]
+    terminal.show_list(console, "Backends", shown)
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `cdat compare` or `cdat reproduce` wrote to.")
+    ],
+    with_: _options.With = None,
+    quiet: _options.Quiet = False,
+) -> None:
+    """Write the report of a folder again, from its runs; train nothing.
+
+    Runs of another version and files that are damaged are left out, with a notice.
+
+    **Example**
+
+    `cdat report cdat-results/reproduce`
+    """
+    _options.load_files(with_)
+    findings = _options.checked("DIR", reopen, folder)
+    for notice in findings.notices:
+        typer.echo(f"note: {notice}", err=True)
+    _session.present(findings, folder, quiet=quiet)

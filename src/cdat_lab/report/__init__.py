@@ -1,0 +1,5 @@
+"""The report of a study: one HTML page that needs nothing else, and its tables as CSV."""
+
+from cdat_lab.report.page import render, write_report
+
+__all__ = ["render", "write_report"]

@@ -1,0 +1,140 @@
+"""The figure of a sweep: a heat map over batch size and sigma."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from cdat_lab import table
+from cdat_lab.report import layout
+from cdat_lab.report.markup import CROSS, MINUS, NOTHING
+from cdat_lab.report.styles import BLACK, BLUE, VERMILLION
+from cdat_lab.studies import Findings, Sweep
+
+BETTER_OR_WORSE = [
+    [0, BLUE],
+    [0.25, "#7FB2D9"],
+    [0.5, "#F7F7F7"],
+    [0.75, "#EFAE7F"],
+    [1, VERMILLION],
+]
+"""Blue and orange, which colour-blind people can tell apart, and white where nothing changes."""
+
+
+def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
+    """Return log10 of the final loss over that of the tuned constant, for each batch and sigma.
+
+    Parameters
+    ----------
+    findings : Findings
+        What was found.
+    plan : Sweep
+        Which sweep.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        The number is written into each cell; the best sigma of a batch has a frame; cells of runs
+        that diverged have a cross, those without runs a dash.
+    """
+    frame = table.sweep(findings, plan)
+    sizes, sigmas = list(plan.batch_sizes), list(plan.sigmas)
+    values = np.full((len(sigmas), len(sizes)), np.nan)
+    notes, frames = [], []
+    for index, row in enumerate(frame.iter_rows(named=True)):
+        x, y = divmod(index, len(sigmas))
+        if row["log_ratio"] is not None:
+            values[y, x] = row["log_ratio"]
+        text = cell(row, len(plan.seeds))
+        limit = _limit(frame)
+        dark = row["log_ratio"] is not None and abs(row["log_ratio"]) > 0.7 * limit
+        notes.append(
+            {
+                "x": x,
+                "y": y,
+                "text": f"<b>{text}</b>" if row["best"] else text,
+                "showarrow": False,
+                "font": {"size": 14, "color": "#ffffff" if dark else "#111111"},
+            }
+        )
+        if row["best"]:
+            frames.append(
+                {
+                    "type": "rect",
+                    "x0": x - 0.47,
+                    "x1": x + 0.47,
+                    "y0": y - 0.46,
+                    "y1": y + 0.46,
+                    "line": {"color": BLACK, "width": 3},
+                }
+            )
+    ratios = np.where(np.isfinite(values), 10**values, np.nan)
+    heat = go.Heatmap(
+        x=list(range(len(sizes))),
+        y=list(range(len(sigmas))),
+        z=[[_or_none(value) for value in line] for line in values],
+        customdata=[[_or_none(value) for value in line] for line in ratios],
+        colorscale=BETTER_OR_WORSE,
+        zmin=-_limit(frame),
+        zmax=_limit(frame),
+        xgap=3,
+        ygap=3,
+        hoverongaps=False,
+        hovertemplate="%{customdata:.3~g} times the loss of the tuned constant<extra></extra>",
+        colorbar={
+            "thickness": 14,
+            "title": {"text": "log<sub>10</sub>"},
+            "len": 1,
+            "outlinewidth": 0,
+        },
+    )
+    figure = go.Figure(heat)
+    figure.update_layout(
+        layout.common(
+            height=110 + 46 * len(sigmas),
+            margin={"l": 62, "r": 10, "t": 16, "b": 58},
+            plot_bgcolor="#d4d4d4",
+            annotations=notes,
+            shapes=frames,
+            xaxis=layout.axis(
+                "batch size",
+                tickvals=list(range(len(sizes))),
+                ticktext=["full" if size is None else f"{size}" for size in sizes],
+                showgrid=False,
+                range=[-0.5, len(sizes) - 0.5],
+            ),
+            yaxis=layout.axis(
+                "sigma",
+                tickvals=list(range(len(sigmas))),
+                ticktext=[f"{sigma:g}" for sigma in sigmas],
+                showgrid=False,
+                range=[-0.5, len(sigmas) - 0.5],
+            ),
+        )
+    )
+    return figure
+
+
+def cell(row: Mapping[str, Any], seeds: int) -> str:
+    """Return what is written into a cell of the heat map."""
+    if row["diverged"]:
+        return f"{CROSS} {row['diverged']}/{row['seeds']}" if seeds > 1 else CROSS
+    if row["log_ratio"] is None:
+        return NOTHING
+    text = f"{row['log_ratio']:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def _limit(frame: pl.DataFrame) -> float:
+    """Return the end of the scale: the largest number, within bounds."""
+    largest = frame["log_ratio"].abs().max()
+    return min(max(float(largest or 0.0), 0.1), 2.0)  # type: ignore[arg-type]
+
+
+def _or_none(value: float) -> float | None:
+    return round(float(value), 6) if math.isfinite(value) else None

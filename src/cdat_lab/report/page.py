@@ -1,0 +1,99 @@
+"""The page, and the files beside it."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+import polars as pl
+from plotly.offline import get_plotlyjs
+
+from cdat_lab import storage, table
+from cdat_lab.claims import STATEMENTS
+from cdat_lab.report import results, sections
+from cdat_lab.report.markup import asset
+from cdat_lab.report.styles import Style, styles
+from cdat_lab.studies import Findings
+
+
+def write_report(findings: Findings, folder: Path) -> Path:
+    """Write ``report.html``, ``verdicts.csv`` and ``table.csv``, each whole or not at all.
+
+    Parameters
+    ----------
+    findings : Findings
+        What was found; results may be missing.
+    folder : Path
+        Where the files go; it is made.
+
+    Returns
+    -------
+    Path
+        The page. The tables are the same, to the byte, for the same results.
+    """
+    storage.write_text(folder / "table.csv", table.to_csv(table.rows(findings)))
+    storage.write_text(folder / "verdicts.csv", table.to_csv(verdicts(findings)))
+    path = folder / "report.html"
+    storage.write_text(path, render(findings))
+    return path
+
+
+def render(findings: Findings) -> str:
+    """Return the page; scripts, styles and data are all inside."""
+    looks = _styles(findings)
+    found = [
+        sections.verdicts(findings),
+        *results.races(findings, looks),
+        *results.sweeps(findings),
+        results.joint_model(findings, looks),
+        results.grids(findings, looks),
+        sections.times(findings),
+        sections.configuration(findings),
+    ]
+    parts = [part for part in found if part is not None]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{escape(findings.study.title)}</title>",
+            f"<style>{asset('report.css')}</style>",
+            f"<script>{get_plotlyjs()}</script>",
+            "</head><body>",
+            sections.header(findings, [(part.name, part.link) for part in parts]),
+            "<main>",
+            *(part.html for part in parts),
+            "</main>",
+            f'<script type="module">{asset("report.js")}</script>',
+            "</body></html>\n",
+        ]
+    )
+
+
+def verdicts(findings: Findings) -> pl.DataFrame:
+    """Return one row for each verdict; ``values`` are the numbers of the seeds, as JSON."""
+    columns = ("claim", "statement", "setting", "expected", "measured", "outcome", "values")
+    return pl.DataFrame(
+        [
+            (
+                verdict.claim,
+                STATEMENTS.get(verdict.claim, ""),
+                verdict.setting,
+                verdict.expected,
+                verdict.measured,
+                verdict.outcome,
+                json.dumps([float(value) for value in verdict.values]),
+            )
+            for verdict in findings.verdicts
+        ],
+        schema=dict.fromkeys(columns, pl.String),
+        orient="row",
+    )
+
+
+def _styles(findings: Findings) -> dict[str, Style]:
+    names = [name for race in findings.study.races for name in race.contenders]
+    names += [simulation.contender.name for simulation in findings.simulations]
+    return styles([*names, table.REFERENCE])

@@ -1,0 +1,167 @@
+"""Studies: the races, sweeps and simulations of one command, and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cdat_lab import backends, registry
+from cdat_lab.contenders import Contender, cdat_contender
+from cdat_lab.races import Job, Key, Race, Result
+
+if TYPE_CHECKING:
+    from cdat_lab.claims import Verdict
+    from cdat_lab.model import Simulation
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """CDAT over sigma and the batch size, beside the tuned constant rate.
+
+    Attributes
+    ----------
+    task, base, backend : str
+        Names in the registries.
+    sigmas : tuple of float
+        Rising.
+    batch_sizes : tuple of int or None
+        Rising; None is the full batch.
+    decay : float
+        Memory of the averages of CDAT.
+    steps : int
+        Length of each run.
+    seeds : tuple of int
+        As in a race.
+    """
+
+    task: str
+    base: str
+    backend: str
+    sigmas: tuple[float, ...]
+    batch_sizes: tuple[int | None, ...]
+    decay: float
+    steps: int
+    seeds: tuple[int, ...]
+
+    def contender(self, sigma: float) -> str:
+        """Return the name of CDAT with this sigma."""
+        return cdat_contender(sigma, self.decay).name
+
+    def races(self) -> list[Race]:
+        """Return one race for each batch size."""
+        names = ("constant", *map(self.contender, self.sigmas))
+        return [
+            Race(self.task, self.base, self.backend, names, self.steps, self.seeds, size)
+            for size in self.batch_sizes
+        ]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a command is to find out.
+
+    Attributes
+    ----------
+    title : str
+        For the report.
+    command : str
+        What to type to repeat it.
+    races : tuple of Race
+        Shown one by one.
+    sweeps : tuple of Sweep
+        Shown as heat maps.
+    simulated : bool
+        Whether the joint model is run.
+    claims : tuple of str
+        Letters of the claims on which there is to be a verdict.
+    """
+
+    title: str
+    command: str
+    races: tuple[Race, ...]
+    sweeps: tuple[Sweep, ...] = ()
+    simulated: bool = False
+    claims: tuple[str, ...] = ()
+
+    def all_races(self) -> list[Race]:
+        """Return the races, those of the sweeps included."""
+        return [*self.races, *(race for sweep in self.sweeps for race in sweep.races())]
+
+    def jobs(self) -> list[Job]:
+        """Return what is to be trained, each job once."""
+        keys = dict.fromkeys(key for race in self.all_races() for key in race.result_keys())
+        return [Job.of(key) for key in keys]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """A study with what came out of it.
+
+    Attributes
+    ----------
+    study : Study
+        The plan.
+    results : mapping of Key to Result
+        What was trained; of an interrupted study not everything.
+    simulations : tuple of Simulation
+        The joint model, if it was run.
+    verdicts : tuple of Verdict
+        What is said of the claims.
+    notices : tuple of str
+        What was left out, and why.
+    """
+
+    study: Study
+    results: Mapping[Key, Result]
+    simulations: tuple[Simulation, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    notices: tuple[str, ...] = field(default=())
+
+    def of(self, race: Race, contender: str) -> list[Result]:
+        """Return the results of a contender that are there, in the order of the seeds."""
+        keys = (race.key(contender, seed) for seed in race.seeds)
+        return [self.results[key] for key in keys if key in self.results]
+
+    def noted(self, *notices: str) -> Findings:
+        """Return the same with further notices, each once."""
+        return replace(self, notices=tuple(dict.fromkeys((*notices, *self.notices))))
+
+    def first(self) -> Result | None:
+        """Return any result, for the versions that all share; None if there is none."""
+        return next(iter(self.results.values()), None)
+
+
+def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str], list[str]]:
+    """Return the contenders that can run, and for the others a sentence each that says why not.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of contenders.
+    base, backend : str
+        With what they would run.
+
+    Returns
+    -------
+    tuple of two lists of str
+    """
+    kept, reasons = [], []
+    for name in names:
+        reason = _hindrance(registry.find_contender(name), base, backend)
+        if reason is None:
+            kept.append(name)
+        else:
+            reasons.append(reason)
+    return kept, reasons
+
+
+def _hindrance(contender: Contender, base: str, backend: str) -> str | None:
+    found = registry.find_base(base)
+    if not found.runs_under(backend):
+        return f"{found.label} has no constructor for {backend}"
+    if contender.optimizer is None:
+        return None
+    if base != "adam":
+        return f"{contender.label} is of the Adam family and is raced with Adam only"
+    return backends.package_hindrance(contender.optimizer, backend)

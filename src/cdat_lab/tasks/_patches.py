@@ -1,0 +1,107 @@
+"""Pieces of two photographs, placed by a small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cdat_lab.tasks._networks import gelu, last_axis_product, normal, squared_loss
+from cdat_lab.tasks._task import Array, Float64, Namespace, Task
+
+SAMPLES, SIDE = 256, 16
+FIRST, SECOND = 4, 2  # sides of the squares that become one
+CHANNELS = (3, 16, 32)
+QUADRANTS = 4
+CLASSES = 2 * QUADRANTS
+
+
+def patches(seed: int) -> Task:
+    """Return the task of telling from which quarter of which photograph a small piece comes.
+
+    The photographs are the two that come with scikit-learn, a temple and a flower.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the places of the 256 pieces and of the weights, >= 0.
+
+    Returns
+    -------
+    Task
+        Inputs of shape (256, 16, 16, 3), all pixels together with mean 0 and mean square 1; 8
+        one-hot targets, each as often as the others.
+    """
+    from sklearn.datasets import load_sample_images
+
+    generator = np.random.default_rng(seed)
+    labels = np.arange(SAMPLES) % CLASSES
+    photographs = load_sample_images().images
+    pieces = np.stack([_piece(photographs, int(label), generator) for label in labels])
+    return Task(
+        name="patches",
+        description=(
+            f"{SAMPLES} pieces of {SIDE} x {SIDE} pixels of two photographs (scikit-learn), "
+            f"{CLASSES} quarters to tell apart; two convolutions without overlap, GELU, squared "
+            "loss, float64"
+        ),
+        inputs=(pieces - pieces.mean()) / pieces.std(),
+        targets=np.eye(CLASSES)[labels],
+        params=_params(generator),
+        model=patch_network,
+        criterion=squared_loss,
+        steps={"adam": 400, "momentum": 600, "rmsprop": 600, "gd": 600},
+    )
+
+
+def patch_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Array:
+    """Return the outputs of two convolutions without overlap and a linear layer.
+
+    Parameters
+    ----------
+    xp : namespace
+        That of the arrays.
+    params : sequence of Array
+        Weights and biases of the three layers; those of the convolutions map a square of pixels
+        with all their channels, row by row, to the channels of one.
+    inputs : Array, shape (samples, height, width, channels)
+        The images.
+
+    Returns
+    -------
+    Array, shape (samples, classes)
+    """
+    hidden = inputs
+    for level, side in enumerate((FIRST, SECOND)):
+        weights, bias = params[2 * level], params[2 * level + 1]
+        hidden = gelu(xp, last_axis_product(xp, _squares(xp, hidden, side), weights) + bias)
+    return xp.reshape(hidden, (inputs.shape[0], -1)) @ params[4] + params[5]
+
+
+def _squares(xp: Namespace, images: Array, side: int) -> Array:
+    """Return images in which each square of pixels has become one, with all their channels."""
+    samples, height, width, channels = images.shape
+    rows, columns = height // side, width // side
+    squares = xp.reshape(images, (samples, rows, side, columns, side, channels))
+    squares = xp.permute_dims(squares, (0, 1, 3, 2, 4, 5))
+    return xp.reshape(squares, (samples, rows, columns, side * side * channels))
+
+
+def _piece(photographs: Sequence[Array], label: int, generator: np.random.Generator) -> Float64:
+    """Cut a piece out of a quarter of a photograph."""
+    photograph, quadrant = divmod(label, QUADRANTS)
+    image = photographs[photograph]
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    row = quadrant // 2 * height + int(generator.integers(height - SIDE + 1))
+    column = quadrant % 2 * width + int(generator.integers(width - SIDE + 1))
+    return np.asarray(image[row : row + SIDE, column : column + SIDE], dtype=np.float64)
+
+
+def _params(generator: np.random.Generator) -> tuple[Float64, ...]:
+    colours, few, many = CHANNELS
+    places = (SIDE // FIRST // SECOND) ** 2
+    shapes = [(FIRST**2 * colours, few), (SECOND**2 * few, many), (places * many, CLASSES)]
+    params: list[Float64] = []
+    for shape in shapes:
+        params += [normal(generator, shape), np.zeros(shape[1])]
+    return tuple(params)

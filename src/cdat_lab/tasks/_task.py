@@ -1,0 +1,83 @@
+"""What a task is: data, initial weights, and a loss written once on the array API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+Float64 = NDArray[np.float64]
+
+Model = Callable[[Namespace, Sequence[Array], Array], Array]
+Criterion = Callable[[Namespace, Array, Array], Array]
+
+DEFAULT_STEPS = 600
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A training problem: the loss is ``criterion(xp, model(xp, params, inputs), targets)``.
+
+    The arrays are numpy arrays, made from a seed alone. A backend converts them to its own arrays
+    and calls the same functions with its own namespace `xp`, so a task is the same problem under
+    every framework.
+
+    Attributes
+    ----------
+    name : str
+        How the command line and the files call it: lower-case letters, digits and ``. _ -``.
+    description : str
+        One phrase for the report.
+    inputs, targets : ndarray of float64, shape (samples, ...)
+        The data. A mini-batch is a choice of rows.
+    params : tuple of ndarray of float64
+        The initial weights.
+    model : callable
+        ``model(xp, params, inputs) -> outputs``; pure, with the functions of the array-API
+        namespace `xp` and operators only. Rows of the outputs belong to rows of the inputs.
+    criterion : callable
+        ``criterion(xp, outputs, targets) -> 0-d array``, a mean over the rows.
+    steps : mapping of str to int
+        Length of a run for each base optimizer, by its name; others take `DEFAULT_STEPS`.
+    """
+
+    name: str
+    description: str
+    inputs: Float64
+    targets: Float64
+    params: tuple[Float64, ...]
+    model: Model
+    criterion: Criterion
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            msg = (
+                f"name must start with a lower-case letter or a digit and go on with these or "
+                f"'.', '_', '-', 64 characters at most, got {self.name!r}"
+            )
+            raise ValueError(msg)
+        if len(self.inputs) != len(self.targets) or len(self.inputs) == 0:
+            msg = (
+                "inputs and targets must have one row for each sample, at least one, got "
+                f"{len(self.inputs)} and {len(self.targets)} rows"
+            )
+            raise ValueError(msg)
+        if not self.params:
+            msg = "params must hold at least one array, got none"
+            raise ValueError(msg)
+
+    def loss(self, xp: Namespace, params: Sequence[Array], inputs: Array, targets: Array) -> Array:
+        """Return the loss of `params` on these rows, a 0-d array of `xp`."""
+        return self.criterion(xp, self.model(xp, params, inputs), targets)
+
+    def budget(self, base: str) -> int:
+        """Return how many steps a run with this base optimizer takes."""
+        return self.steps.get(base, DEFAULT_STEPS)
