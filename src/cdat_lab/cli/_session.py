@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import joblib
 import typer
@@ -74,11 +76,11 @@ def _scheduled(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        from distributed import Client
+        distributed: Any = importlib.import_module("distributed")
     except ImportError:
         _options.fail("--dask needs the package distributed (pip install distributed)")
     try:
-        client = Client(address, timeout=10)  # type: ignore[no-untyped-call]
+        client = distributed.Client(address, timeout=10)
     except (OSError, ValueError) as error:
         _options.fail(f"cannot reach a dask scheduler at {address}: {error}")
     with client, joblib.parallel_config("dask"):
