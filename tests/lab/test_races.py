@@ -160,8 +160,9 @@ def test_a_damaged_file_is_made_again_and_reported(tmp_path: Path, trained: list
 
     reopened = conduct.reopen(tmp_path)
     assert not reopened.results
-    assert "damaged" in reopened.notices[0]
-    assert "1 of 1 results are missing" in reopened.notices[1]
+    missing, damaged = reopened.notices
+    assert "1 of 1 results are missing" in missing
+    assert "damaged" in damaged
 
     again = conduct.conduct(study, tmp_path, resume=True, processes=1)
     assert len(trained) == 2
@@ -177,9 +178,10 @@ def test_results_of_another_version_are_left_out_with_a_notice(
         conduct.conduct(study, tmp_path, resume=False, processes=1)
     found = conduct.reopen(tmp_path)
     assert not found.results
-    assert "2 files" in found.notices[0]
-    assert "another version" in found.notices[0]
-    assert "2 of 2 results are missing" in found.notices[1]
+    missing, foreign = found.notices
+    assert "2 of 2 results are missing" in missing
+    assert "2 files" in foreign
+    assert "another version" in foreign
 
 
 @pytest.mark.parametrize(
