@@ -49,12 +49,7 @@ def study(
         If a name is not known, the batch is larger than the data, or nothing can run.
     """
     problem = registry.find_task(task)(seeds[0])
-    if batch_size is not None and not 1 <= batch_size <= len(problem.inputs):
-        msg = (
-            f"batch_size must be at least 1 and at most {len(problem.inputs)}, the rows of {task}, "
-            f"got {batch_size}"
-        )
-        raise ValueError(msg)
+    problem.check_batch_size(batch_size)
     names = dict.fromkeys(registry.find_contender(name).name for name in contenders)
     races, reasons = [], []
     for base in dict.fromkeys(bases):

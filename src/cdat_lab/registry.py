@@ -10,7 +10,7 @@ from pathlib import Path
 from cdat_lab import contenders
 from cdat_lab.bases import BASES, Base
 from cdat_lab.contenders import CONTENDERS, Contender
-from cdat_lab.tasks import NAME, TASKS, Task
+from cdat_lab.tasks import TASKS, Task, check_name
 
 
 def register_task(name: str, factory: Callable[[int], Task]) -> None:
@@ -85,12 +85,7 @@ def load_file(path: Path) -> None:
 
 
 def _check(name: str, known: Iterable[str], kind: str) -> None:
-    if not NAME.fullmatch(name):
-        msg = (
-            f"name of a {kind} must start with a lower-case letter or a digit and go on with these "
-            f"or '.', '_', '-', 64 characters at most, got {name!r}"
-        )
-        raise ValueError(msg)
+    check_name(f"name of a {kind}", name)
     if name in known:
         msg = f"there is a {kind} {name!r} already; choose another name"
         raise ValueError(msg)

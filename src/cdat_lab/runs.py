@@ -182,17 +182,15 @@ def to_frame(problem: Problem, trajectory: Trajectory, *, backend: str) -> pl.Da
         column[records] = values
         return column
 
-    full_loss = recorded(trajectory.full_loss)
+    full_loss, known = recorded(trajectory.full_loss), np.isin(np.arange(steps + 1), records)
     if problem.batch_size is None and problem.contender.optimizer != "schedule-free":
-        full_loss[:-1] = trajectory.loss
+        full_loss[:-1], known[:] = trajectory.loss, True
     optional = {
         name: np.append(getattr(trajectory, name), np.nan)
         for name in ("learning_rate", "slope", "curvature")
     }
     optional["sharpness"] = recorded(trajectory.sharpness)
     optional["seconds"] = recorded(trajectory.seconds)
-    known = np.isin(np.arange(steps + 1), records) | ~np.isnan(full_loss)
-    known[:-1] |= problem.batch_size is None and problem.contender.optimizer != "schedule-free"
     frame = pl.DataFrame(
         {
             "step": np.arange(steps + 1),

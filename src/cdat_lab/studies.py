@@ -127,10 +127,6 @@ class Findings:
         """Return the same with further notices, each once."""
         return replace(self, notices=tuple(dict.fromkeys((*notices, *self.notices))))
 
-    def first(self) -> Result | None:
-        """Return any result, for the versions that all share; None if there is none."""
-        return next(iter(self.results.values()), None)
-
 
 def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str], list[str]]:
     """Return the contenders that can run, and for the others a sentence each that says why not.

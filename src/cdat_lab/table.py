@@ -7,17 +7,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from cdat_lab.bases import Base
-from cdat_lab.contenders import Contender
+from cdat_lab.measures import REFERENCE, rate_times_sharpness, sharpness, sweep_ratios
 from cdat_lab.races import Race, Result
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.studies import Findings, Sweep
-
-REFERENCE = "constant"
-"""The contender whose final loss the others are set against."""
 
 RESULTS = {
     "contender": pl.String,
@@ -189,22 +185,20 @@ def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
         constant rate, a mean over the seeds; null where a run is missing or diverged, or no
         constant rate converged. ``best`` marks the lowest of a batch size that is complete.
     """
+    ratios = sweep_ratios(plan, findings.results)
     found: list[dict[str, Any]] = []
-    for race in plan.races():
+    for number, race in enumerate(plan.races()):
         column: list[dict[str, Any]] = []
-        for sigma in plan.sigmas:
+        for row, sigma in enumerate(plan.sigmas):
             there = findings.of(race, plan.contender(sigma))
-            ratios = [over_constant(findings, race, result) for result in there]
-            usable = [r for r in ratios if r is not None and 0 < r < math.inf]
-            diverged = sum(result.run.diverged for result in there)
-            whole = len(usable) == len(race.seeds) and not diverged
+            ratio = ratios[row, number]
             column.append(
                 {
                     "batch_size": race.batch_size,
                     "sigma": sigma,
                     "seeds": len(there),
-                    "diverged": diverged,
-                    "log_ratio": float(np.mean(np.log10(usable))) if whole else None,
+                    "diverged": sum(result.run.diverged for result in there),
+                    "log_ratio": math.log10(ratio) if 0 < ratio < math.inf else None,
                     "best": False,
                 }
             )
@@ -254,29 +248,6 @@ def tuned_value(result: Result) -> float | None:
     """Return the rate or peak that was chosen on the grid; None where nothing was tuned."""
     tuned = find_contender(result.key.contender).tuned
     return None if tuned is None else result.run.hyperparameters.get(tuned)
-
-
-def comparable(base: Base, contender: Contender) -> bool:
-    """Return whether the sharpness of a contender is that of the base.
-
-    A whole optimizer has a preconditioner of its own, and its sharpness is recorded without one.
-    """
-    return contender.optimizer is None or not base.preconditioned
-
-
-def sharpness(result: Result) -> float | None:
-    """Return the sharpness, a median over the last tenth; None if it is not that of the base."""
-    return _late(result, pl.col("sharpness"))
-
-
-def rate_times_sharpness(result: Result) -> float | None:
-    """Return the learning rate times the sharpness; see `sharpness`."""
-    return _late(result, pl.col("learning_rate") * pl.col("sharpness"))
-
-
-def _late(result: Result, column: pl.Expr) -> float | None:
-    base, contender = find_base(result.key.base), find_contender(result.key.contender)
-    return result.run.late(column) if comparable(base, contender) else None
 
 
 def over_constant(findings: Findings, race: Race, result: Result) -> float | None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from cdat_lab import claims, registry, table
+from cdat_lab import claims, measures, registry, table
 from cdat_lab.backends import Problem
 from cdat_lab.races import Job, Race, Result
 from cdat_lab.studies import Findings, Sweep
@@ -193,7 +193,7 @@ def _sweep_table(findings: Findings, sweep: Sweep) -> Table:
     shown.add_column("sigma", justify="right")
     for size in sweep.batch_sizes:
         shown.add_column("full batch" if size is None else f"batch {size}", justify="right")
-    ratios = claims.sweep_ratios(sweep, findings.results)
+    ratios = measures.sweep_ratios(sweep, findings.results)
     for sigma, row in zip(sweep.sigmas, ratios, strict=True):
         shown.add_row(f"{sigma:g}", *map(table.number, row))
     return shown

@@ -12,12 +12,6 @@ from cdat_lab.bases import Base
 from cdat_lab.contenders import Contender
 from cdat_lab.tasks import Task
 
-MATVECS = 8
-"""Hessian-vector products for a sharpness, by Lanczos from the last eigenvector."""
-
-FIRST_RESTARTS = 5
-"""How often the first one is restarted, since it begins in a random vector."""
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:

@@ -15,10 +15,11 @@ import optax
 import optax.contrib
 
 import cdat_jax
-from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
+from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
+from cdat_lab.backends._trajectory import Problem, Trajectory
 from cdat_lab.bases import Base
 from cdat_lab.contenders import Rule
-from cdat_lab.tasks import Task
+from cdat_lab.tasks._task import Criterion, Model
 
 Params: TypeAlias = Any
 COLUMNS = ("loss", "learning_rate", "slope", "curvature", "trials", "skipped")
@@ -40,11 +41,20 @@ def run(problem: Problem) -> Trajectory:
         return _run(problem)
 
 
+@functools.lru_cache(maxsize=16)
+def _composite(model: Model, criterion: Criterion) -> cdat_jax.CompositeLoss:
+    """Return the loss of parameters and data, one object for each task, so compiled once."""
+    return cdat_jax.CompositeLoss(
+        lambda params, inputs: model(jnp, params, inputs),
+        lambda outputs, targets: criterion(jnp, outputs, targets),
+    )
+
+
 class Program(NamedTuple):
     """What decides the compiled loop; problems that share it share one compilation."""
 
-    model: Any
-    criterion: Any
+    model: Model
+    criterion: Criterion
     base: Base
     rule: Callable[..., Rule] | None
     names: tuple[str, ...]
@@ -70,10 +80,7 @@ class Program(NamedTuple):
 
     def loss(self) -> cdat_jax.CompositeLoss:
         """Return the loss as a function of the parameters, and of `inputs` and `targets`."""
-        return cdat_jax.CompositeLoss(
-            lambda params, inputs: self.model(jnp, params, inputs),
-            lambda outputs, targets: self.criterion(jnp, outputs, targets),
-        )
+        return _composite(self.model, self.criterion)
 
     def solver(self, values: tuple[Any, ...]) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer with its hyperparameters, which may be traced."""
@@ -223,28 +230,17 @@ def _full_loss(program: Program, state: Any, params: Params, data: dict[str, jax
     return program.loss()(program.evaluated(state, params), **data)
 
 
-@functools.lru_cache(maxsize=16)
-def _plain_loss(task_model: Any, task_criterion: Any) -> Callable[..., Any]:
-    """Return the loss of parameters and data, one object for each task, so compiled once."""
-
-    def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> Any:
-        return task_criterion(jnp, task_model(jnp, params, inputs), targets)
-
-    return loss
-
-
 class _Sharpness:
     """The largest eigenvalue of the Hessian on all data, tracked from record to record."""
 
     def __init__(self, problem: Problem, data: dict[str, jax.Array]) -> None:
-        task: Task = problem.task
+        task = problem.task
         self._wanted = problem.sharpness
         self._base = problem.base
         self._preconditioned = problem.base.preconditioned and problem.contender.optimizer is None
-        self._loss = _plain_loss(task.model, task.criterion)
+        self._loss = _composite(task.model, task.criterion)
         self._data = (data["inputs"], data["targets"])
-        self._vector: Params = tuple(map(jnp.asarray, problem.probe()))
-        self._restarts = FIRST_RESTARTS
+        self._tracker = SharpnessTracker(tuple(map(jnp.asarray, problem.probe())))
 
     def __call__(self, params: Params, state: Any, *, taken: int) -> float:
         if not self._wanted or (self._preconditioned and taken == 0):
@@ -254,19 +250,13 @@ class _Sharpness:
             inverse_sqrt = cdat_jax.adam_inverse_sqrt(
                 state.base, b2=self._base.second_moment, eps=self._base.eps
             )
-        value = float("nan")
-        for _ in range(self._restarts):
-            found = cdat_jax.top_eigenvalues(
+        return self._tracker.measure(
+            lambda start: cdat_jax.top_eigenvalues(
                 self._loss,
                 params,
                 *self._data,
                 num_matvecs=MATVECS,
-                start=self._vector,
+                start=start,
                 inverse_sqrt=inverse_sqrt,
             )
-            value = float(found.values[0])
-            if not np.isfinite(value):
-                return float("nan")
-            self._vector = found.vectors[0]
-        self._restarts = 1
-        return value
+        )

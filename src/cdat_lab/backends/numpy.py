@@ -22,7 +22,8 @@ from cdat_core import (
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_lab.backends import _autograd_namespace as xp
-from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
+from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
+from cdat_lab.backends._trajectory import Problem, Trajectory
 from cdat_lab.bases import Base
 from cdat_lab.tasks import Task
 
@@ -74,7 +75,7 @@ def run(problem: Problem) -> Trajectory:
     if isinstance(rule, LineSearch):
         rate = SearchedRate(rule)
     else:
-        rate = TunedRate(rule, contender.curvature, Sharpness(problem.probe()))
+        rate = TunedRate(rule, contender.curvature, SharpnessTracker(problem.probe()))
     with np.errstate(all="ignore"):  # a run may diverge
         return _train(problem, rate)
 
@@ -84,7 +85,7 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
     task, base = problem.task, problem.base
     whole, batches = Objective(task), problem.batches()
     record_steps = set(problem.record_steps().tolist())
-    sharpness = Sharpness(problem.probe())
+    tracker = SharpnessTracker(problem.probe())
     params, state, seconds = task.params, start(base, task.params), 0.0
     decisions: list[Decision] = []
     records: list[tuple[float, float, float]] = []
@@ -93,7 +94,7 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
         if step in record_steps:
             found = float("nan")
             if problem.sharpness and (state.step > 0 or not base.preconditioned):
-                found = sharpness.measure(whole.hvp(params), inverse_sqrt(base, state))
+                found = sharpness(tracker, whole.hvp(params), inverse_sqrt(base, state))
             records.append((float(whole.value(params)), found, seconds))
         if step == problem.steps:
             break
@@ -213,24 +214,14 @@ def inverse_sqrt(base: Base, state: BaseState) -> Callable[[Params], Params] | N
     return lambda v: tuple(d * x for d, x in zip(diagonal, v, strict=True))
 
 
-class Sharpness:
-    """The largest eigenvalue of a Hessian that changes little from one measurement to the next."""
-
-    def __init__(self, probe: Params) -> None:
-        self.start, self.restarts = probe, FIRST_RESTARTS
-
-    def measure(self, hvp: Product, scale: Callable[[Params], Params] | None) -> float:
-        """Return the largest eigenvalue of H, or of P^-1/2 H P^-1/2; NaN if it is not finite."""
-        operator = hvp if scale is None else preconditioned(hvp, scale, space=SPACE)
-        value = float("nan")
-        for _ in range(self.restarts):
-            found = top_eigenvalues(operator, self.start, num_matvecs=MATVECS, space=SPACE)
-            value = float(found.values[0])
-            if not np.isfinite(value):
-                return float("nan")
-            self.start = found.vectors[0]
-        self.restarts = 1
-        return value
+def sharpness(
+    tracker: SharpnessTracker, hvp: Product, scale: Callable[[Params], Params] | None
+) -> float:
+    """Return the largest eigenvalue of H, or of P^-1/2 H P^-1/2; NaN if it is not finite."""
+    operator = hvp if scale is None else preconditioned(hvp, scale, space=SPACE)
+    return tracker.measure(
+        lambda start: top_eigenvalues(operator, start, num_matvecs=MATVECS, space=SPACE)
+    )
 
 
 class Point(NamedTuple):
@@ -274,22 +265,22 @@ class Rate(Protocol):
 class TunedRate:
     """The rates of a tuner."""
 
-    def __init__(self, tuner: Tuner[Any], curvature: str, sharpness: Sharpness) -> None:
+    def __init__(self, tuner: Tuner[Any], curvature: str, tracker: SharpnessTracker) -> None:
         self.tuner, self.state = tuner, tuner.init(np.zeros(()))
-        self.curvature, self.sharpness = curvature, sharpness
+        self.curvature, self.tracker = curvature, tracker
         by_hessian = "curvature" in tuner.needs and curvature != "gauss_newton"
         self.uses_hessian = by_hessian or "sharpness" in tuner.needs
 
     def decide(self, point: Point) -> Decision:
         """Return the rate of the tuner; it skips what is not finite."""
-        curvature = sharpness = None
+        curvature = largest = None
         if "curvature" in self.tuner.needs:
             curvature = self._curvature(point)
         if "sharpness" in self.tuner.needs:
             assert point.hvp is not None
-            sharpness = np.asarray(self.sharpness.measure(point.hvp, point.scale))
+            largest = np.asarray(sharpness(self.tracker, point.hvp, point.scale))
         before = int(self.state.skipped)
-        measurement = Measurement(point.value, point.slope, curvature, sharpness)
+        measurement = Measurement(point.value, point.slope, curvature, largest)
         rate, self.state = self.tuner.update(measurement, self.state)
         return Decision(
             value=point.value,

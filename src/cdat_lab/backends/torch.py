@@ -14,7 +14,8 @@ from torch import Tensor
 
 import cdat_torch
 from cdat_core.linesearch import LineSearch
-from cdat_lab.backends._trajectory import FIRST_RESTARTS, MATVECS, Problem, Trajectory
+from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
+from cdat_lab.backends._trajectory import Problem, Trajectory
 from cdat_lab.bases import Base
 
 NAN = float("nan")
@@ -166,26 +167,19 @@ class _Sharpness:
         self._wanted = problem.sharpness
         self._preconditioned = problem.base.preconditioned and problem.contender.optimizer is None
         self._task, self._params, self._data = problem.task, params, data
-        self._vector: Any = [torch.from_numpy(p) for p in problem.probe()]
-        self._restarts = FIRST_RESTARTS
+        self._tracker = SharpnessTracker([torch.from_numpy(p) for p in problem.probe()])
 
     def __call__(self, base: torch.optim.Optimizer, *, taken: int) -> float:
         if not self._wanted or (self._preconditioned and taken == 0):
             return NAN
         if not all(bool(torch.isfinite(p).all()) for p in self._params):
             return NAN
-        value = NAN
-        for _ in range(self._restarts):
-            found = cdat_torch.top_eigenvalues(
+        return self._tracker.measure(
+            lambda start: cdat_torch.top_eigenvalues(
                 lambda: self._task.loss(xp, self._params, *self._data),
                 self._params,
                 num_matvecs=MATVECS,
-                start=self._vector,
+                start=start,
                 inverse_sqrt=base if self._preconditioned else None,
             )
-            value = float(found.values[0])
-            if not np.isfinite(value):
-                return NAN
-            self._vector = list(found.vectors[0])
-        self._restarts = 1
-        return value
+        )

@@ -53,9 +53,7 @@ def sharpness(
     if contender.rule is None:
         msg = f"must be a rule for the rate, and {rule} is a whole optimizer"
         raise typer.BadParameter(msg, param_hint="--rule")
-    if batch_size is not None and batch_size > len(problem.inputs):
-        msg = f"must be at most {len(problem.inputs)}, the rows of {task}, got {batch_size}"
-        raise typer.BadParameter(msg, param_hint="--batch-size")
+    _options.checked("--batch-size", problem.check_batch_size, batch_size)
     settings = dict(contender.hyperparameters)
     if contender.tuned is not None:
         settings[contender.tuned] = rate

@@ -76,10 +76,7 @@ def one_backend(name: str | None) -> str:
         if not found:
             fail(f"no backend is installed: {_described()}")
         return found[0].name
-    if name not in backends.BACKENDS:
-        known = ", ".join(backends.BACKENDS)
-        msg = f"there is no backend {name!r}; choose one of: {known}"
-        raise typer.BadParameter(msg, param_hint="--backend")
+    _check_backend(name, backends.BACKENDS)
     if backends.BACKENDS[name].missing():
         fail(backends.BACKENDS[name].describe())
     return name
@@ -90,10 +87,7 @@ def several_backends(name: str) -> tuple[str, ...]:
 
     NumPy is slow, so it takes part in "all" only where there is nothing else.
     """
-    if name not in {"all", *backends.BACKENDS}:
-        known = ", ".join(("all", *backends.BACKENDS))
-        msg = f"there is no backend {name!r}; choose one of: {known}"
-        raise typer.BadParameter(msg, param_hint="--backend")
+    _check_backend(name, ("all", *backends.BACKENDS))
     if name != "all":
         return (one_backend(name),)
     found = [backend.name for backend in backends.available()]
@@ -101,6 +95,12 @@ def several_backends(name: str) -> tuple[str, ...]:
     if not found:
         fail(f"no backend is installed: {_described()}")
     return tuple(frameworks or found)
+
+
+def _check_backend(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        msg = f"there is no backend {name!r}; choose one of: {', '.join(known)}"
+        raise typer.BadParameter(msg, param_hint="--backend")
 
 
 def _described() -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from cdat_lab import table
 from cdat_lab.bases import Base
+from cdat_lab.measures import comparable
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.report import curves, layout
@@ -96,7 +96,7 @@ def race(
         found = {
             name: band
             for name, each in runs.items()
-            if (not panel.curved or table.comparable(base, find_contender(name)))
+            if (not panel.curved or comparable(base, find_contender(name)))
             and (band := curves.over_seeds(each, panel.column, panel.against)) is not None
         }
         if not found:

@@ -43,6 +43,7 @@ def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
         that diverged have a cross, those without runs a dash.
     """
     frame = table.sweep(findings, plan)
+    limit = _limit(frame)
     sizes, sigmas = list(plan.batch_sizes), list(plan.sigmas)
     values = np.full((len(sigmas), len(sizes)), np.nan)
     notes, frames = [], []
@@ -51,7 +52,6 @@ def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
         if row["log_ratio"] is not None:
             values[y, x] = row["log_ratio"]
         text = cell(row, len(plan.seeds))
-        limit = _limit(frame)
         dark = row["log_ratio"] is not None and abs(row["log_ratio"]) > 0.7 * limit
         notes.append(
             {
@@ -80,8 +80,8 @@ def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
         z=[[_or_none(value) for value in line] for line in values],
         customdata=[[_or_none(value) for value in line] for line in ratios],
         colorscale=BETTER_OR_WORSE,
-        zmin=-_limit(frame),
-        zmax=_limit(frame),
+        zmin=-limit,
+        zmax=limit,
         xgap=3,
         ygap=3,
         hoverongaps=False,

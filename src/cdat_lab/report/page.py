@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from cdat_lab import storage, table
 from cdat_lab.claims import STATEMENTS
+from cdat_lab.measures import REFERENCE
 from cdat_lab.report import results, sections
 from cdat_lab.report.markup import asset
 from cdat_lab.report.styles import Style, styles
@@ -96,4 +97,4 @@ def verdicts(findings: Findings) -> pl.DataFrame:
 def _styles(findings: Findings) -> dict[str, Style]:
     names = [name for race in findings.study.races for name in race.contenders]
     names += [simulation.contender.name for simulation in findings.simulations]
-    return styles([*names, table.REFERENCE])
+    return styles([*names, REFERENCE])

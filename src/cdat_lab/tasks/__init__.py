@@ -8,10 +8,10 @@ from cdat_lab.tasks._characters import characters
 from cdat_lab.tasks._deep_linear import deep_linear
 from cdat_lab.tasks._digits import digits, digits_1536, digits_cross_entropy
 from cdat_lab.tasks._patches import patches
-from cdat_lab.tasks._task import NAME, Task
+from cdat_lab.tasks._task import Task, check_name
 from cdat_lab.tasks._teacher_student import teacher_student
 
-__all__ = ["NAME", "TASKS", "Task"]
+__all__ = ["TASKS", "Task", "check_name"]
 
 TASKS: dict[str, Callable[[int], Task]] = {
     "characters": characters,

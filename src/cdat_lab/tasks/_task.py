@@ -21,6 +21,16 @@ DEFAULT_STEPS = 600
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
+def check_name(what: str, name: str) -> None:
+    """Raise a ValueError that says `what` is wrong, unless it can be part of a file name."""
+    if not NAME.fullmatch(name):
+        msg = (
+            f"{what} must start with a lower-case letter or a digit and go on with these or "
+            f"'.', '_', '-', 64 characters at most, got {name!r}"
+        )
+        raise ValueError(msg)
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """A training problem: the loss is ``criterion(xp, model(xp, params, inputs), targets)``.
@@ -58,12 +68,7 @@ class Task:
     steps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            msg = (
-                f"name must start with a lower-case letter or a digit and go on with these or "
-                f"'.', '_', '-', 64 characters at most, got {self.name!r}"
-            )
-            raise ValueError(msg)
+        check_name("name", self.name)
         if len(self.inputs) != len(self.targets) or len(self.inputs) == 0:
             msg = (
                 "inputs and targets must have one row for each sample, at least one, got "
@@ -77,6 +82,15 @@ class Task:
     def loss(self, xp: Namespace, params: Sequence[Array], inputs: Array, targets: Array) -> Array:
         """Return the loss of `params` on these rows, a 0-d array of `xp`."""
         return self.criterion(xp, self.model(xp, params, inputs), targets)
+
+    def check_batch_size(self, batch_size: int | None) -> None:
+        """Raise a ValueError unless there are as many rows as a mini-batch has."""
+        if batch_size is not None and not 1 <= batch_size <= len(self.inputs):
+            msg = (
+                f"batch_size must be at least 1 and at most {len(self.inputs)}, the rows of "
+                f"{self.name}, got {batch_size}"
+            )
+            raise ValueError(msg)
 
     def budget(self, base: str) -> int:
         """Return how many steps a run with this base optimizer takes."""

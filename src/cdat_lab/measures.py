@@ -1,0 +1,81 @@
+"""What is measured of finished runs, for tables and verdicts alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from cdat_lab.bases import Base
+from cdat_lab.contenders import Contender
+from cdat_lab.races import Result, Results
+from cdat_lab.registry import find_base, find_contender
+from cdat_lab.studies import Sweep
+
+REFERENCE = "constant"
+"""The contender whose final loss the others are set against."""
+
+
+def final_loss(result: Result) -> float:
+    """Return the final loss; infinity if the run diverged."""
+    return math.inf if result.run.diverged else result.run.final_loss
+
+
+def comparable(base: Base, contender: Contender) -> bool:
+    """Return whether the sharpness of a contender is that of the base.
+
+    A whole optimizer has a preconditioner of its own, and its sharpness is recorded without one.
+    """
+    return contender.optimizer is None or not base.preconditioned
+
+
+def sharpness(result: Result) -> float | None:
+    """Return the sharpness, a median over the last tenth; None if it is not that of the base."""
+    return _late(result, pl.col("sharpness"))
+
+
+def rate_times_sharpness(result: Result) -> float | None:
+    """Return the learning rate times the sharpness; see `sharpness`."""
+    return _late(result, pl.col("learning_rate") * pl.col("sharpness"))
+
+
+def _late(result: Result, column: pl.Expr) -> float | None:
+    base, contender = find_base(result.key.base), find_contender(result.key.contender)
+    return result.run.late(column) if comparable(base, contender) else None
+
+
+def sweep_ratios(
+    sweep: Sweep, results: Results, seeds: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Return final losses over those of the tuned constant rate, shape (sigmas, batch sizes).
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Which runs.
+    results : mapping of Key to Result
+        Where they are.
+    seeds : sequence of int, optional
+        Over which to take the geometric mean; by default all of the sweep.
+
+    Returns
+    -------
+    ndarray
+        Infinity where a run diverged, NaN where one is missing.
+    """
+    ratios = np.full((len(sweep.sigmas), len(sweep.batch_sizes)), np.nan)
+    for column, race in enumerate(sweep.races()):
+        for row, sigma in enumerate(sweep.sigmas):
+            keys = [
+                (race.key(sweep.contender(sigma), seed), race.key(REFERENCE, seed))
+                for seed in (seeds or sweep.seeds)
+            ]
+            if all(key in results for pair in keys for key in pair):
+                pairs = [[final_loss(results[key]) for key in pair] for pair in keys]
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    logarithms = np.log(pairs) @ [1.0, -1.0]
+                ratios[row, column] = np.exp(np.mean(logarithms))
+    return ratios
