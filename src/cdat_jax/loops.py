@@ -1,4 +1,4 @@
-"""The loops of the estimators as loops of XLA, which compiles their bodies once.
+"""Loops of the estimators, and conditions, as those of XLA, which compiles their bodies once.
 
 An unrolled loop over Hessian-vector products is a program as many times as large as the product.
 """
@@ -69,6 +69,13 @@ def over(function: Callable[[PyTree], PyTree], vectors: Sequence[PyTree]) -> Seq
     """Return ``map(function, vectors)`` as a list, by one ``lax.map``."""
     rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
     return _unstacked(jax.lax.map(function, rows), len(vectors))
+
+
+def cond(condition: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """Choose by ``lax.cond``; outside of jit by Python, since each call would be compiled anew."""
+    if isinstance(condition, jax.core.Tracer):
+        return jax.lax.cond(condition, if_true, if_false)
+    return if_true() if condition else if_false()
 
 
 def _unstacked(rows: PyTree, number: int) -> tuple[PyTree, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ from cdat_core import Measurement, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_jax.arguments import bind, check_arguments, period
-from cdat_jax.curvature import check_method, measure, require_scalar
+from cdat_jax.curvature import check_like, check_method, measure, require_scalar
+from cdat_jax.loops import cond
 from cdat_jax.slope import value_and_slope
 from cdat_jax.spaces import PyTree, TreeSpace, check_inexact, scalar_dtype
 from cdat_jax.tracking import SharpnessTracker
@@ -30,12 +30,14 @@ class TunerInfo(NamedTuple):
 
     Attributes
     ----------
-    value, slope : jax.Array
-        Loss and directional derivative at the last step.
+    value : jax.Array
+        The loss at the last step.
+    slope : jax.Array
+        The directional derivative when it was last measured.
     curvature : jax.Array or None
         Directional curvature when it was last measured; None if the tuner does not need it.
     skipped : jax.Array
-        Steps skipped because value, gradient, curvature or sharpness was not finite, int32.
+        Steps skipped because value, gradient, slope, curvature or sharpness was not finite, int32.
     sharpness : jax.Array or None
         The sharpness when it was last measured; None if the tuner does not need it.
     """
@@ -111,7 +113,8 @@ def scale_by_tuner(
     every : int or jax.Array
         Measure curvature and sharpness every so many steps and hold the rate in between; after a
         skipped step they are measured at once. Steps without a measurement pay nothing for it,
-        except under ``jax.vmap``, which computes both branches of a condition.
+        except under ``jax.vmap``, which computes both branches of a condition. They are skipped
+        where the loss or ``<grad, updates>`` is not finite.
     sharpness_matvecs : int
         Hessian-vector products for a sharpness, from the last eigenvector; at first at least 20
         from random signs. As many vectors like `params` are in memory meanwhile.
@@ -142,17 +145,34 @@ def scale_by_tuner(
     >>> [float(x) for x in optax.apply_updates(params, updates)]
     [3.0, 3.0]
     """
-    init, rescale = scaling(
+    init, tune = tuning(
         tuner_or_search, curvature=curvature, every=every, sharpness_matvecs=sharpness_matvecs
     )
-    update = functools.partial(rescale, None)
+
+    def update(
+        updates: PyTree,
+        state: ScaleByTunerState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByTunerState]:
+        new_state = tune(lambda: (updates, None), updates, state, params, **extra_args)
+        return scaled(new_state.learning_rate, updates), new_state
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scaling(
+Direction = tuple[PyTree, Callable[[PyTree], PyTree] | None]
+"""The direction u, and the map v -> P^-1/2 v; None where P is the identity."""
+
+
+def tuning(
     tuner_or_search: Tuner[Any] | LineSearch, *, curvature: str, every: Any, sharpness_matvecs: int
-) -> tuple[Callable[[PyTree], ScaleByTunerState], Callable[..., tuple[PyTree, ScaleByTunerState]]]:
-    """Return `init` and `update` of `scale_by_tuner`; `update` takes P^-1/2 or None first."""
+) -> tuple[Callable[[PyTree], ScaleByTunerState], Callable[..., ScaleByTunerState]]:
+    """Return `init`, and `tune`, which returns the state with the rate of this step.
+
+    `tune` is called like `update`, with a function in front that returns the direction: steps that
+    hold the rate do not need it. The rate of a step that is skipped is 0.
+    """
     check_method(curvature)
     every = period(every)
     tracker, measures = None, False
@@ -183,34 +203,34 @@ def scaling(
         vector = None if tracker is None else tracker.init(params)
         return _unshared(ScaleByTunerState(zero, tuner_state, info, none_yet, vector))
 
-    def update(
-        apply: Callable[[PyTree], PyTree] | Any,
+    def tune(
+        find_direction: Callable[[], Direction],
         updates: PyTree,
         state: ScaleByTunerState,
-        params: PyTree | None = None,
+        params: PyTree | None,
         *,
         value: Any,
         grad: PyTree,
         value_fn: Callable[..., Any],
         **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByTunerState]:
+    ) -> ScaleByTunerState:
         if params is None:
             raise ValueError(_NO_PARAMS)
         check_arguments(params, updates, grad, value)
-        dtype = state.learning_rate.dtype
-        value = jnp.asarray(value, dtype=dtype)
-        # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
-        slope = TreeSpace().vdot(jax.tree.map(jnp.conj, grad), updates).astype(dtype)
-        objective = bind(value_fn, extra_args)
-        new_state, skip = decide(state, params, updates, value, slope, objective, apply)
+        point = Point(
+            params, jnp.asarray(value, dtype=state.learning_rate.dtype), grad, updates,
+            bind(value_fn, extra_args), find_direction,
+        )  # fmt: skip
+        new_state = decide(state, point)
+        skip = new_state.info.skipped > state.info.skipped
+        return _unshared(
+            new_state._replace(
+                learning_rate=jnp.where(skip, 0, new_state.learning_rate),
+                until_refresh=jnp.where(skip, 0, new_state.until_refresh),  # the rate was lost
+            )
+        )
 
-        def scaled(u: Any) -> jax.Array:
-            step = (new_state.learning_rate * u).astype(jnp.asarray(u).dtype)
-            return jnp.where(skip, jnp.zeros_like(step), step)
-
-        return jax.tree.map(scaled, updates), _unshared(new_state)
-
-    return init, update
+    return init, tune
 
 
 def scale_by_cdat(
@@ -254,14 +274,43 @@ def scale_by_cdat(
     return scale_by_tuner(tuner, curvature=curvature, every=every)
 
 
+def scaled(factor: Any, updates: PyTree) -> PyTree:
+    """Return the updates times a factor, zero where they are not finite."""
+
+    def times(u: Any) -> jax.Array:
+        u = jnp.asarray(u)
+        return jnp.where(jnp.isfinite(u), factor * u, 0).astype(u.dtype)
+
+    return jax.tree.map(times, updates)
+
+
 def _unshared(state: ScaleByTunerState) -> ScaleByTunerState:
     """Give every leaf a buffer of its own, or the state could not be donated (free under jit)."""
     copied: ScaleByTunerState = jax.tree.map(jnp.copy, state)
     return copied
 
 
-Decision = tuple[ScaleByTunerState, jax.Array]
-Decide = Callable[..., Decision]
+class Point(NamedTuple):
+    """What an update is called with."""
+
+    params: PyTree
+    value: jax.Array
+    grad: PyTree
+    updates: PyTree
+    objective: Callable[[PyTree], Any]
+    find_direction: Callable[[], Direction]
+
+    def direction(self) -> tuple[PyTree, jax.Array, Callable[[PyTree], PyTree] | None]:
+        """Return the direction, the slope along it, and P^-1/2."""
+        direction, inverse_sqrt = self.find_direction()
+        check_like(self.params, direction, name="the direction")
+        # The derivative along u is Re <conj(grad), u> in JAX's convention for complex parameters.
+        slope = TreeSpace().vdot(jax.tree.map(jnp.conj, self.grad), direction)
+        return direction, slope.astype(self.value.dtype), inverse_sqrt
+
+
+Decide = Callable[[ScaleByTunerState, Point], ScaleByTunerState]
+"""The state with a new rate, of any value where the step is skipped."""
 
 
 def _tuner_decision(
@@ -270,52 +319,41 @@ def _tuner_decision(
     """Return the function that asks a tuner for the rate, measuring every so many steps."""
     needs_curvature = "curvature" in tuner.needs
 
-    def decide(
-        state: ScaleByTunerState,
-        params: PyTree,
-        direction: PyTree,
-        value: jax.Array,
-        slope: jax.Array,
-        objective: Callable[[PyTree], Any],
-        apply: Callable[[PyTree], PyTree] | Any,
-    ) -> Decision:
-        def refresh() -> tuple[jax.Array, Any, Measurement, PyTree | None]:
-            second = largest = vector = None
-            if needs_curvature:
-                model = measure(objective, params, direction, curvature=curvature)
-                second = jnp.asarray(model.curvature, dtype=slope.dtype)
-            if tracker is not None:
-                found = tracker.measure(objective, params, state.sharpness_vector, apply)
-                largest, vector = found[0].astype(slope.dtype), found[1]
-            measurement = Measurement(value, slope, second, largest)
-            rate, tuner_state = tuner.update(measurement, state.tuner_state)
-            if largest is not None:
-                good = jnp.isfinite(largest) & (tuner_state.skipped == state.tuner_state.skipped)
-                vector = jax.tree.map(
-                    lambda new, old: jnp.where(good, new, old), vector, state.sharpness_vector
-                )
-            return rate, tuner_state, measurement, vector
+    def refresh(state: ScaleByTunerState, at: Point) -> ScaleByTunerState:
+        direction, slope, inverse_sqrt = at.direction()
+        second = largest = vector = None
+        if needs_curvature:
+            model = measure(at.objective, at.params, direction, curvature=curvature)
+            second = jnp.asarray(model.curvature, dtype=slope.dtype)
+        if tracker is not None:
+            found = tracker.measure(at.objective, at.params, state.sharpness_vector, inverse_sqrt)
+            largest, vector = found[0].astype(slope.dtype), found[1]
+        measurement = Measurement(at.value, slope, second, largest)
+        rate, tuner_state = tuner.update(measurement, state.tuner_state)
+        if largest is not None:
+            good = jnp.isfinite(largest) & (tuner_state.skipped == state.tuner_state.skipped)
+            vector = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), vector, state.sharpness_vector
+            )
+        info = TunerInfo(at.value, slope, second, tuner_state.skipped, largest)
+        return ScaleByTunerState(rate, tuner_state, info, jnp.int32(every) - 1, vector)
 
-        def hold() -> tuple[jax.Array, Any, Measurement, PyTree | None]:
-            finite = jnp.isfinite(value) & jnp.isfinite(slope)
-            skipped = state.tuner_state.skipped + ~finite
-            rate = jnp.where(finite, state.learning_rate, 0)
-            last = Measurement(value, slope, state.info.curvature, state.info.sharpness)
-            tuner_state = state.tuner_state._replace(skipped=skipped)
-            return rate, tuner_state, last, state.sharpness_vector
+    def hold(state: ScaleByTunerState, at: Point) -> ScaleByTunerState:
+        # To find the direction only to see that it is finite would double what such a step costs
+        # beyond that of the base.
+        finite = jnp.isfinite(at.value) & jnp.isfinite(TreeSpace().vdot(at.grad, at.updates))
+        skipped = state.tuner_state.skipped + ~finite
+        return state._replace(
+            tuner_state=state.tuner_state._replace(skipped=skipped),
+            info=state.info._replace(value=at.value, skipped=skipped),
+            until_refresh=state.until_refresh - 1,
+        )
 
+    def decide(state: ScaleByTunerState, at: Point) -> ScaleByTunerState:
         measures = needs_curvature or tracker is not None
-        if measures and (isinstance(every, jax.Array) or every > 1):
-            due = state.until_refresh <= 0
-            rate, tuner_state, measured, vector = jax.lax.cond(due, refresh, hold)
-            remaining = jnp.where(due, jnp.int32(every), state.until_refresh) - 1
-        else:
-            rate, tuner_state, measured, vector = refresh()
-            remaining = state.until_refresh
-        skip = tuner_state.skipped > state.tuner_state.skipped
-        info = TunerInfo(value, slope, measured.curvature, tuner_state.skipped, measured.sharpness)
-        remaining = jnp.where(skip, 0, remaining)  # the held rate was lost: measure at once
-        return ScaleByTunerState(rate, tuner_state, info, remaining, vector), skip
+        if not measures or (not isinstance(every, jax.Array) and every == 1):
+            return refresh(state, at)
+        return cond(state.until_refresh <= 0, lambda: refresh(state, at), lambda: hold(state, at))
 
     return decide
 
@@ -323,31 +361,23 @@ def _tuner_decision(
 def _search_decision(search: LineSearch) -> Decide:
     """Return the function that runs a line search along the updates."""
 
-    def decide(
-        state: ScaleByTunerState,
-        params: PyTree,
-        direction: PyTree,
-        value: jax.Array,
-        slope: jax.Array,
-        objective: Callable[[PyTree], Any],
-        apply: Callable[[PyTree], PyTree] | Any,
-    ) -> Decision:
-        del apply
+    def decide(state: ScaleByTunerState, at: Point) -> ScaleByTunerState:
         space, dtype = TreeSpace(), state.learning_rate.dtype
+        direction, slope, _ = at.direction()
 
         def tell(trial: Any) -> Any:
-            moved = space.add_scale(params, trial.step_size, direction)
+            moved = space.add_scale(at.params, trial.step_size, direction)
             told: tuple[Any, ...] = (
-                value_and_slope(objective, moved, direction)
+                value_and_slope(at.objective, moved, direction)
                 if "slope" in search.trial_needs
-                else (require_scalar(objective)(moved),)
+                else (require_scalar(at.objective)(moved),)
             )
             return search.tell(trial, *(jnp.asarray(number, dtype=dtype) for number in told))
 
-        start = search.init(Measurement(value, slope, None), value, state.learning_rate)
+        start = search.init(Measurement(at.value, slope, None), at.value, state.learning_rate)
         final = jax.lax.while_loop(lambda trial: ~trial.done, tell, start)
-        skip = ~(jnp.isfinite(value) & jnp.isfinite(slope))
-        info = TunerInfo(value, slope, None, state.info.skipped + skip)
-        return ScaleByTunerState(final.step_size, final, info, state.until_refresh), skip
+        skip = ~(jnp.isfinite(at.value) & jnp.isfinite(slope))
+        info = TunerInfo(at.value, slope, None, state.info.skipped + skip)
+        return ScaleByTunerState(final.step_size, final, info, state.until_refresh)
 
     return decide

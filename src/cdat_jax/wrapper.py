@@ -12,9 +12,10 @@ import optax
 from cdat_core import _validation, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
+from cdat_jax.loops import cond
 from cdat_jax.preconditioner import inverse_square_root
 from cdat_jax.spaces import PyTree
-from cdat_jax.transform import ScaleByTunerState, scaling
+from cdat_jax.transform import Direction, ScaleByTunerState, scaled, tuning
 
 
 class TunedState(NamedTuple):
@@ -94,7 +95,7 @@ def tuned(
     if not callable(learning_rate):
         learning_rate = _validation.nonnegative("learning_rate", learning_rate)
     base = optax.with_extra_args_support(base)
-    init_tuner, rescale = scaling(
+    init_tuner, tune = tuning(
         tuner_or_search, curvature=curvature, every=every, sharpness_matvecs=sharpness_matvecs
     )
     if inverse_sqrt is not None and not callable(inverse_sqrt):
@@ -111,19 +112,32 @@ def tuned(
     def update(
         updates: PyTree, state: TunedState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, TunedState]:
-        direction, base_state = base.update(updates, state.base, params, **extra_args)
-        apply = None if inverse_sqrt is None else inverse_square_root(inverse_sqrt(base_state))
-        scaled, tuner = rescale(apply, direction, state.tuner, params, **extra_args)
-        skip = tuner.info.skipped > state.tuner.info.skipped
-        # Whether the step counts is known only now. The state is computed a second time, which is
-        # elementwise as a rule and happens in place: to keep the first one as well as the old one
-        # until here takes longer, and two copies of the memory.
-        again = jax.lax.optimization_barrier((updates, state.base))  # type: ignore[no-untyped-call]
-        _, base_state = base.update(*again, params, **extra_args)
-        base_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), base_state, again[1])
+        def step() -> tuple[PyTree, Any]:
+            moved: tuple[PyTree, Any] = base.update(updates, state.base, params, **extra_args)
+            return moved
+
+        def keep() -> tuple[PyTree, Any]:
+            direction, like = jax.eval_shape(step)
+            zeros = jax.tree.map(jnp.zeros_like, direction)
+            old = jax.tree.map(
+                lambda leaf, new: leaf if leaf.dtype == new.dtype else leaf.astype(new.dtype),
+                jax.tree.map(jnp.asarray, state.base), like,
+            )  # fmt: skip
+            return zeros, old
+
+        def find_direction() -> Direction:
+            direction, moved = step()
+            return direction, inverse_sqrt and inverse_square_root(inverse_sqrt(moved))
+
+        # Whether the step counts is known only after the measurement. The base moves a second time
+        # then, which is elementwise as a rule and happens in place: to keep its new state as well
+        # as the old one until here takes longer, and twice the memory.
+        tuner = tune(find_direction, updates, state.tuner, params, **extra_args)
+        taken = tuner.info.skipped == state.tuner.info.skipped
+        direction, base_state = cond(taken, step, keep)
         factor = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), scaled)
-        return scaled, TunedState(base_state, tuner, state.step + ~skip)
+        moved = scaled(factor * tuner.learning_rate, direction)
+        return moved, TunedState(base_state, tuner, state.step + taken)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
