@@ -353,7 +353,9 @@ def _tuner_decision(
         measures = needs_curvature or tracker is not None
         if not measures or (not isinstance(every, jax.Array) and every == 1):
             return refresh(state, at)
-        return cond(state.until_refresh <= 0, lambda: refresh(state, at), lambda: hold(state, at))
+        due = state.until_refresh <= 0
+        found: ScaleByTunerState = cond(due, lambda: refresh(state, at), lambda: hold(state, at))
+        return found
 
     return decide
 
