@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nox
@@ -172,6 +173,8 @@ def bench_torch(session: nox.Session) -> None:
     session.install("--constraint", "constraints.txt", *peers, *needed)
     # Their requirements would bring torchvision, and with it another torch.
     curvlinops = ("curvlinops-for-pytorch", "backpack-for-pytorch", "einconv", "unfoldNd")
-    session.install("--no-deps", *curvlinops)
+    # It is for Python 3.12 and later; without it the benchmark leaves that line out.
+    taylor = ("jet-for-pytorch",) if sys.version_info >= (3, 12) else ()
+    session.install("--no-deps", *curvlinops, *taylor)
     quiet = {**SINGLE_THREAD, "KINETO_LOG_LEVEL": "99"}
     session.run("python", "benchmarks/torch_steps.py", *session.posargs, env=quiet)

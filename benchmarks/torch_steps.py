@@ -4,8 +4,8 @@ See `turns` for how time is taken. Peak memory is that of torch's allocator over
 with model, data and optimizer; on the CPU it is from the profiler's record of every allocation.
 Packages that are not installed, and contenders that fail or diverge, are left out with a note.
 
-    python benchmarks/torch_steps.py [--rounds 20] [--threads 1] [--tasks mlp resnet gpt]
-                                     [--device cpu|cuda]
+    python benchmarks/torch_steps.py [--rounds 20] [--threads 1 2] [--device cpu|cuda]
+                                     [--tasks mlp mlp_small resnet gpt gpt_math]
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch_tasks import TASKS, Task
 from turns import PERIOD, REFERENCE, WARM_UP, Step, parser, time_ratios
 
 import cdat_torch
@@ -29,99 +29,6 @@ from cdat_core import Measurement, tuners
 from cdat_torch.direction import base_direction
 
 LR = 1e-3
-
-
-class Task(NamedTuple):
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-
-    def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
-
-    def params(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def to(self, device: str) -> Task:
-        return Task(self.model.to(device), self.x.to(device), self.y.to(device))
-
-
-def mlp() -> Task:
-    """784-1024-1024-10 with ReLU, batch 512."""
-    sizes = (784, 1024, 1024, 10)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return Task(nn.Sequential(*layers[:-1]), torch.randn(512, 784), torch.randint(10, (512,)))
-
-
-class Residual(nn.Module):
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        stride = 1 if before == after else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.Conv2d(after, after, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(after),
-        )
-        self.short = (
-            nn.Identity() if stride == 1 else nn.Conv2d(before, after, 1, stride, bias=False)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.short(x))
-
-
-def resnet() -> Task:
-    """ResNet-20 with BatchNorm in training mode, batch 64 of 32x32 images."""
-    widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-    blocks = [Residual(a, b) for a, b in pairwise(widths)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    model = nn.Sequential(*stem, *blocks, *head)
-    return Task(model, torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        shape = (batch, length, 3, self.heads, width // self.heads)
-        q, k, v = self.qkv(self.norms[0](x)).reshape(shape).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.norms[1](x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
-
-    def forward(self, x: Tensor) -> Tensor:
-        there = self.places(torch.arange(x.shape[1], device=x.device))
-        return self.head(self.blocks(self.tokens(x) + there)).flatten(0, 1)
-
-
-def gpt() -> Task:
-    """GPT of 4 layers, width 256, 4 heads, vocabulary 256; batch 8, context 64."""
-    model = Transformer(vocabulary=256, length=64, width=256, heads=4, depth=4)
-    return Task(model, torch.randint(256, (8, 64)), torch.randint(256, (8 * 64,)))
-
-
-TASKS: dict[str, Callable[[], Task]] = {"mlp": mlp, "resnet": resnet, "gpt": gpt}
 
 
 def adam(task: Task) -> Step:
@@ -158,12 +65,41 @@ def cdat(*, composite: bool = False, **options: Any) -> Callable[[Task], Step]:
     return make
 
 
-def through_curvlinops(task: Task) -> Step:
-    """Do the step of CDAT with the Hessian product of curvlinops."""
+Curvature = Callable[[list[Tensor]], Tensor]
+
+
+def with_curvature(curvature: Callable[[Task], Curvature]) -> Callable[[Task], Step]:
+    """Do the step of CDAT with a curvature <u, H u> from another package."""
+
+    def make(task: Task) -> Step:
+        params = task.params()
+        base = torch.optim.Adam(params, lr=LR)
+        along = curvature(task)
+        tuner, space = rule(), cdat_torch.TensorListSpace()
+        state = tuner.init(torch.zeros((), dtype=torch.float64, device=task.x.device))
+
+        def step() -> None:
+            nonlocal state
+            base.zero_grad()
+            loss = task.loss()
+            loss.backward()
+            u = base_direction(base, params)
+            slope = space.vdot([p.grad for p in params if p.grad is not None], u)
+            measured = Measurement(loss.detach().to(slope), slope, along(u).to(slope))
+            rate, state = tuner.update(measured, state)
+            with torch.no_grad():
+                torch._foreach_add_(params, u, alpha=float(rate))
+
+        return step
+
+    return make
+
+
+def by_curvlinops(task: Task) -> Curvature:
+    """Return <u, H u> by the Hessian product of curvlinops."""
     import curvlinops
 
     params = task.params()
-    base = torch.optim.Adam(params, lr=LR)
     hessian = curvlinops.HessianLinearOperator(
         task.model,
         nn.CrossEntropyLoss(),
@@ -172,23 +108,36 @@ def through_curvlinops(task: Task) -> Step:
         check_deterministic=False,
         num_data=len(task.x),
     )
-    tuner, space = rule(), cdat_torch.TensorListSpace()
-    state = tuner.init(torch.zeros((), dtype=torch.float64, device=task.x.device))
+    space = cdat_torch.TensorListSpace()
 
-    def step() -> None:
-        nonlocal state
-        base.zero_grad()
-        loss = task.loss()
-        loss.backward()
-        u = base_direction(base, params)
+    def along(u: list[Tensor]) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            curvature = space.vdot(u, hessian @ u)
-        slope = space.vdot([p.grad for p in params if p.grad is not None], u)
-        rate, state = tuner.update(Measurement(loss.detach().to(slope), slope, curvature), state)
-        with torch.no_grad():
-            torch._foreach_add_(params, u, alpha=float(rate))
+            return space.vdot(u, hessian @ u)
 
-    return step
+    return along
+
+
+def by_taylor_mode(task: Task) -> Curvature:
+    """Return <u, H u> by the Taylor mode of jet-for-pytorch, with a forward pass of its own."""
+    from jet import jet
+
+    params = task.params()
+    names = [name for name, p in task.model.named_parameters() if p.requires_grad]
+
+    def loss(*values: Tensor) -> Tensor:
+        weights = dict(zip(names, values, strict=True))
+        outputs = torch.func.functional_call(task.model, weights, (task.x,))
+        return F.cross_entropy(outputs, task.y)
+
+    taylor = jet(loss, tuple(p.detach() for p in params))
+
+    def along(u: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            curves = [(p.detach(), v, torch.zeros_like(v)) for p, v in zip(params, u, strict=True)]
+            second: Tensor = taylor(*curves)[2]
+        return second
+
+    return along
 
 
 def lbfgs(task: Task) -> Step:
@@ -276,7 +225,8 @@ CONTENDERS: dict[str, Contender] = {
     "CDAT, `hessian`": Contender(cdat(curvature="hessian")),
     "CDAT, `finite_difference`": Contender(cdat(curvature="finite_difference")),
     "CDAT, `gauss_newton`": Contender(cdat(curvature="gauss_newton", composite=True)),
-    "CDAT by curvlinops' Hessian product": Contender(through_curvlinops),
+    "CDAT by curvlinops' Hessian product": Contender(with_curvature(by_curvlinops)),
+    "CDAT by jet-for-pytorch's Taylor mode": Contender(with_curvature(by_taylor_mode)),
     "GeN": Contender(gen(1)),
     "GeN, every 10 steps": Contender(gen(PERIOD), PERIOD),
     "Prodigy": Contender(prodigy),
@@ -372,17 +322,18 @@ def compare(name: str, rounds: int, device: str) -> None:
 
 def main() -> None:
     options = parser(__doc__, TASKS, rounds=20)
-    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--threads", type=int, nargs="+", default=[1])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = options.parse_args()
-    torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
-    print(
-        f"PyTorch {torch.__version__}, {chosen.device}, {platform.machine()}, "
-        f"{chosen.threads} thread(s), {chosen.rounds} rounds"
-    )
-    for name in chosen.tasks:
-        compare(name, chosen.rounds, chosen.device)
+    for threads in chosen.threads:
+        torch.set_num_threads(threads)
+        print(
+            f"PyTorch {torch.__version__}, {chosen.device}, {platform.machine()}, "
+            f"{threads} thread(s), {chosen.rounds} rounds"
+        )
+        for name in chosen.tasks:
+            compare(name, chosen.rounds, chosen.device)
 
 
 if __name__ == "__main__":

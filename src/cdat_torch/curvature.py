@@ -68,12 +68,12 @@ def measure(
     Notes
     -----
     "replay" takes the graph as it is, fused attention included; only recurrent layers run without
-    the kernels of oneDNN and cuDNN. "hessian" and "gauss_newton" evaluate models with the kernels
-    that can be differentiated further: scaled dot-product attention uses its math kernel,
-    recurrent layers their native one, and modules under ``torch.compile`` run uncompiled. With
-    "hessian" this is the forward pass of the training step; with "gauss_newton" it is a pass of its
-    own, which leaves no trace. The
-    logger "cdat_torch" says so once, at level INFO.
+    the kernels of oneDNN and cuDNN, and modules under ``torch.compile`` uncompiled. "hessian" and
+    "gauss_newton" evaluate models with the kernels that can be differentiated further: scaled
+    dot-product attention uses its math kernel, recurrent layers their native one, and modules under
+    ``torch.compile`` run uncompiled. With "hessian" this is the forward pass of the training step;
+    with "gauss_newton" it is a pass of its own, which leaves no trace. The logger "cdat_torch" says
+    so once, at level INFO.
 
     A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
     ``jvp`` or a differentiable backward for "gauss_newton". Where its backward is marked

@@ -81,9 +81,11 @@ def _other_kernels() -> AbstractContextManager[None]:
     return _rebound([*_REPLACEMENTS, *tensor_parallel.replacements()])
 
 
-def recurrent_layers_in_parts() -> AbstractContextManager[None]:
-    """Let recurrent layers leave a graph of simple operations, which can be replayed."""
-    return _rebound(_RECURRENT)
+@contextmanager
+def replayable() -> Iterator[None]:
+    """Let recurrent layers and compiled modules leave a graph of simple operations."""
+    with eager(), _rebound(_RECURRENT):
+        yield
 
 
 @contextmanager

@@ -51,9 +51,7 @@ def evaluated(
     trace : Trace
         It takes note of what the evaluation changes.
     """
-    compiled, together = anything_compiled(), several_processes()
-    if compiled and len(ways) > 1 and BY_NAME[ways[0]].recorded:
-        ways = ways[1:]  # compiled modules do not say which buffers the first evaluation moved
+    together = several_processes()
     if together and ways[:1] == (REPLAYED_GAUSS_NEWTON,):
         ways = ways[1:]  # the other way evaluates the model again
     while True:
@@ -61,7 +59,8 @@ def evaluated(
         kernels = method.kernels if method else nullcontext
         if together and method is not None and method.recorded:
             kernels = further_differentiable
-        buffers = kernels is further_differentiable or not compiled
+        # compiled modules do not say which buffers they move, and hooks would compile them anew
+        buffers = kernels is not nullcontext or not anything_compiled()
         with trace.recorded(buffers=buffers), _outputs(loss_fn, ways) as outputs:
             loss = evaluate(kernels)
         try:

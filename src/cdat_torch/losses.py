@@ -16,15 +16,10 @@ from torch import Tensor
 
 from cdat_torch.curvature import hessian_product, quadratic_model
 from cdat_torch.differentiability import refuse_once_differentiable
-from cdat_torch.differentiation import (
-    LossFn,
-    check_scalar,
-    gradients,
-    vector_jacobian,
-)
+from cdat_torch.differentiation import LossFn, check_scalar, vector_jacobian
 from cdat_torch.evaluation import differentiated, given_up
 from cdat_torch.fully_sharded import gathered, scattered, spread_out
-from cdat_torch.methods import BY_NAME, Point, Ways
+from cdat_torch.methods import BY_NAME, Point, Ways, gradients_with_graph
 from cdat_torch.reevaluation import RandomState
 from cdat_torch.replay import Recording, Unsupported
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
@@ -331,9 +326,8 @@ def _differentiated_again(record: _Record) -> _Record:
     """Return a record with a graph of its gradient, in the place of what was watched."""
     variables = record.gradient.variables
     with torch.enable_grad():
-        found = gradients(record.loss, variables, create_graph=True)
-    known = [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
-    return record._replace(gradient=record.gradient._replace(grads=known), recording=None)
+        grads = gradients_with_graph(record.loss, variables)
+    return record._replace(gradient=record.gradient._replace(grads=grads), recording=None)
 
 
 @dataclass

@@ -17,8 +17,8 @@ from cdat_core._arrays import safe_reciprocal
 from cdat_core.curvature import displacement
 from cdat_torch.differentiability import (
     further_differentiable,
-    recurrent_layers_in_parts,
     refuse_once_differentiable,
+    replayable,
 )
 from cdat_torch.differentiation import (
     Kernels,
@@ -74,11 +74,14 @@ class Point(NamedTuple):
         if not several_processes():
             with without_trace(self.params, self.start):
                 loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
-        grads = gradients(loss, self.params, create_graph=True)
-        known = [
-            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)
-        ]
-        return self._replace(loss=loss, grads=known, recording=None)
+        grads = gradients_with_graph(loss, self.params)
+        return self._replace(loss=loss, grads=grads, recording=None)
+
+
+def gradients_with_graph(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient for a double backward, zero where the loss does not depend on it."""
+    found = gradients(loss, variables, create_graph=True)
+    return [torch.zeros_like(v) if g is None else g for v, g in zip(variables, found, strict=True)]
 
 
 class Method(Protocol):
@@ -106,7 +109,7 @@ class Method(Protocol):
 class Replay:
     """The graph of the loss carries the direction, with the adjoints that backward computed."""
 
-    kernels = staticmethod(recurrent_layers_in_parts)
+    kernels = staticmethod(replayable)
     differentiated_twice = False
     recorded = True
 

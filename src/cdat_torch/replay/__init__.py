@@ -19,8 +19,9 @@ from cdat_torch.replay import (
     softmax,
     structure,
 )
-from cdat_torch.replay.recording import Mismatch, Recording
+from cdat_torch.replay.recording import Recording
 from cdat_torch.replay.registry import Unsupported
+from cdat_torch.replay.verification import Mismatch
 
 __all__ = ["IS_TESTED", "Mismatch", "Recording", "Unsupported"]
 

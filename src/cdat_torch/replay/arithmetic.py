@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # Long float32 sums lose digits, and second-order terms cancel: the parts are summed in float64.
-_CHUNK = 2**15
+CHUNK = 2**15
+HALF = (torch.bfloat16, torch.float16)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -16,13 +17,13 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = a.expand(shape), b.expand(shape)
-    if a.dtype != b.dtype or a.dtype in (torch.bfloat16, torch.float16):
+    if a.dtype != b.dtype or a.dtype in HALF:
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(wide), b.to(wide)
     a, b = _alike(a, b)
-    if a.numel() <= _CHUNK or a.dtype == torch.float64 or a.device.type != "cpu":
+    if a.numel() <= CHUNK or a.dtype == torch.float64 or a.device.type != "cpu":
         return torch.dot(a, b)
-    parts = zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True)
+    parts = zip(torch.split(a, CHUNK), torch.split(b, CHUNK), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in parts]).sum(dtype=torch.float64)
 
 

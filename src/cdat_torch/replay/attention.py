@@ -28,6 +28,8 @@ from cdat_torch.replay.registry import Node, Pushed, Tangent, rule
 
 _BLOCK = 128
 """Rows of the scores that are in memory at a time."""
+_ENTRIES = 2**17
+"""About how many scores."""
 
 
 def _in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -49,44 +51,58 @@ def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent)
     if node.saved("dropout_p") or any(m is not None for m in mask):
         return NotImplemented
     query, key, value = (node.saved(name) for name in ("query", "key", "value"))
+    out, normaliser, bias = (node.saved(name) for name in ("output", "logsumexp", "attn_mask"))
     shared = query.shape[-3] // key.shape[-3]  # query heads for each head of keys
-
-    def by_head(t: Tangent, like: Tensor) -> Tensor:
-        t = torch.zeros_like(like) if t is None else t
-        if t.shape[-3] != query.shape[-3]:
-            t = t.repeat_interleave(shared, -3)
-        return t.reshape(-1, *t.shape[-2:])
-
     scale = node.saved("scale")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    bias = node.saved("attn_mask")
-    if bias is not None:
-        bias = bias.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -3)
-    out = by_head(node.saved("output"), query)
-    heads = _Heads(
-        q=by_head(query, query) * scale,
-        k=by_head(key, key),
-        v=by_head(value, value),
-        dq=by_head(dq, query) * scale,
-        dk=by_head(dk, key),
-        dv=by_head(dv, value),
-        out=out,
-        adjoint=by_head(node.adjoint, query),
-        normaliser=node.saved("logsumexp").reshape(*out.shape[:2], 1),
-        bias=bias,
-        causal=node.saved("is_causal"),
-    )
-    a = balance(heads.q, heads.dq)
-    tangent, squares, with_key, with_value = _by_blocks(heads, a)
-    if node.first_order:
-        return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None])
+    causal, adjoint = node.saved("is_causal"), node.adjoint
     grad_key, grad_value = node.gradient(1), node.gradient(2)
-    if (dk is not None and grad_key is None) or (dv is not None and grad_value is None):
-        grad_key, grad_value = node.vjp(node.adjoint)[1:3]
-    with_key = (with_key - _by_shared(grad_key, heads.dk, shared)) / a
-    with_value = with_value - _by_shared(grad_value, heads.dv, shared)
-    return Pushed([tangent.view(query.shape[:-1] + value.shape[-1:]), None],
-                  squares + 2 * with_key + 2 * with_value)  # fmt: skip
+    changed = (dk is not None and grad_key is None) or (dv is not None and grad_value is None)
+    if changed and not node.first_order:
+        grad_key, grad_value = node.vjp(adjoint)[1:3]
+    dq, dk, dv = (
+        torch.zeros_like(like) if t is None else t
+        for t, like in ((dq, query), (dk, key), (dv, value))
+    )
+    if bias is not None:
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    tangent, terms = torch.empty_like(out), []
+    for some in _groups(query, key):
+
+        def by_head(t: Tensor, some: slice = some) -> Tensor:
+            t = t[some]
+            if t.shape[-3] != query.shape[-3]:
+                t = t.repeat_interleave(shared, -3)
+            return t.reshape(-1, *t.shape[-2:])
+
+        heads = _Heads(
+            q=by_head(query) * scale,
+            k=by_head(key),
+            v=by_head(value),
+            dq=by_head(dq) * scale,
+            dk=by_head(dk),
+            dv=by_head(dv),
+            out=by_head(out),
+            adjoint=by_head(adjoint),
+            normaliser=normaliser[some].reshape(-1, query.shape[-2], 1),
+            bias=None if bias is None else by_head(bias),
+            causal=causal,
+        )
+        a = balance(heads.q, heads.dq)
+        part, squares, with_key, with_value = _by_blocks(heads, a)
+        tangent[some] = part.view_as(tangent[some])
+        if node.first_order:
+            continue
+        with_key = (with_key - _inner(grad_key, dk, some)) / a
+        terms.append(squares + 2 * with_key + 2 * (with_value - _inner(grad_value, dv, some)))
+    return Pushed([tangent, None], torch.stack(terms).sum() if terms else None)
+
+
+def _groups(query: Tensor, key: Tensor) -> list[slice]:
+    """Divide the batch so that what is computed at a time stays in the cache."""
+    number, heads, length, _ = query.shape
+    together = max(1, _ENTRIES // (heads * min(length, _BLOCK) * key.shape[-2]))
+    return [slice(start, start + together) for start in range(0, number, together)]
 
 
 class _Heads(NamedTuple):
@@ -139,8 +155,6 @@ def _probabilities(h: _Heads, rows: slice, seen: int) -> Tensor:
     return p.tril_(rows.start) if h.causal else p
 
 
-def _by_shared(gradient: Tensor | None, tangent: Tensor, shared: int) -> Tensor | float:
-    """Return <gradient, tangent>, the tangent given for each query head; 0 of a constant."""
-    if gradient is None:
-        return 0.0
-    return dot(gradient.reshape(-1, *gradient.shape[-2:]), tangent[::shared])
+def _inner(gradient: Tensor | None, tangent: Tensor, some: slice) -> Tensor | float:
+    """Return <gradient, tangent> in a part of the batch; 0 of a constant."""
+    return 0.0 if gradient is None else dot(gradient[some], tangent[some])

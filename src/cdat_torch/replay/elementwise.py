@@ -12,27 +12,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.replay.arithmetic import dot
-from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, Tangent, linear
+from cdat_torch.replay.arithmetic import CHUNK, dot
+from cdat_torch.replay.registry import Node, Pushed, Tangent, linear, rule
 
 
-def elementwise(*names: str) -> Callable[[Callable[[Node], Any]], Callable[[Node], Any]]:
+def elementwise(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register ``factor(node) -> f''(x)`` for the autograd nodes of these names."""
 
-    def register(factor: Callable[[Node], Any]) -> Callable[[Node], Any]:
+    def register(factor: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
             if any(other is not None for other in others):
                 return NotImplemented
             dy = node.vjp(dx)[0]
-            if node.first_order:
-                return Pushed(dy)
-            return Pushed(dy, dot(torch.mul(node.adjoint, dx).mul_(factor(node)), dx))
+            return Pushed(dy, None if node.first_order else _second_order(node, dx, factor))
 
-        for name in names:
-            RULES[name] = Rule(push, adjoint=True)
+        rule(*names)(push)
         return factor
 
     return register
+
+
+class _Part:
+    """A node of which some of the entries are looked at, in the order of its flattened tensors."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._saved: dict[str, Any] = {}
+        self.entries = slice(None)
+
+    def saved(self, name: str) -> Any:
+        """Return what the forward pass has saved of these entries."""
+        if name not in self._saved:
+            value = self._node.saved(name)
+            self._saved[name] = value.reshape(-1) if isinstance(value, Tensor) else value
+        value = self._saved[name]
+        return value[self.entries] if isinstance(value, Tensor) else value
+
+
+def _second_order(node: Node, dx: Tensor, factor: Callable[[Any], Any]) -> Tensor:
+    """Return <adjoint, f'' x'^2>, on a CPU by parts that stay in its cache."""
+    adjoint = node.adjoint
+    if dx.device.type != "cpu" or not (dx.is_contiguous() and adjoint.is_contiguous()):
+        return dot(torch.mul(adjoint, dx).mul_(factor(node)), dx)
+    adjoint, dx = adjoint.view(-1), dx.view(-1)
+    part, terms = _Part(node), []
+    for start in range(0, max(1, dx.numel()), CHUNK):
+        part.entries = slice(start, start + CHUNK)
+        moved = dx[part.entries]
+        terms.append(dot(torch.mul(adjoint[part.entries], moved).mul_(factor(part)), moved))
+    return torch.stack(terms).sum(dtype=torch.float64)
 
 
 @linear(
@@ -158,7 +186,7 @@ def elu(node: Node) -> Tensor:
     """F'' = alpha scale c^2 exp(c x) for x < 0, with c the scale of the input."""
     x, c = node.saved("self"), node.saved("input_scale")
     factor = node.saved("alpha") * node.saved("scale") * c * c
-    return torch.where(x > 0, 0.0, factor * (c * x.clamp(max=0)).exp())
+    return torch.where(x >= 0, 0.0, factor * (c * x.clamp(max=0)).exp())
 
 
 @elementwise("GeluBackward0")

@@ -20,18 +20,35 @@ from cdat_torch.replay.registry import Edge, Node, Pushed, Tangent
 CHECKED = frozenset(
     f"{name}Backward0"
     for name in (
-        "Addcdiv", "Addcmul", "Addmv", "Atan2", "Atan", "AvgPool3D", "AdaptiveAvgPool3D", "Cat",
-        "Clamp", "Cosh", "Cumprod", "Cumsum", "Diagonal", "Dot", "Expm1", "Glu",
-        "Im2Col", "Col2Im", "IndexAdd", "Lerp", "LinalgVectorNorm", "Log10", "Log2", "Logaddexp",
-        "MaxPool3DWithIndices", "Maximum", "Minimum", "Mish", "Mv", "PixelShuffle",
-        "PixelUnshuffle", "PreluKernel", "Prod", "ReflectionPad1D", "ReflectionPad2D",
-        "ReplicationPad1D", "ReplicationPad2D", "Roll", "ScatterAdd", "Scatter", "Sinh", "Std",
-        "StdMean", "Take", "Tan", "Unfold", "UpsampleBicubic2D", "UpsampleLinear1D",
-        "UpsampleNearest1D", "Var", "VarMean",
+        "Acos", "Acosh", "AdaptiveAvgPool3D", "AdaptiveMaxPool3D", "Addbmm", "Addcdiv", "Addcmul",
+        "Addmv", "Addr", "AffineGridGenerator", "Aminmax", "Asin", "Asinh", "AsStrided", "Atan",
+        "Atan2", "Atanh", "AvgPool3D", "BlockDiag", "Cat", "Ceil", "Celu", "ChannelShuffle",
+        "CholeskyInverse", "CholeskySolve", "Clamp", "Col2Im", "Copysign", "Cosh", "Cummax",
+        "Cummin", "Cumprod", "Cumsum", "Deg2Rad", "DiagEmbed", "Diagonal", "DiagonalScatter",
+        "Digamma", "Dist", "Dot", "Erfc", "Erfinv", "Exp2", "Expm1", "Floor", "Fmax", "Fmin",
+        "Frac", "FractionalMaxPool2D", "FractionalMaxPool3D", "Glu", "GridSampler2D", "Hardshrink",
+        "Hypot", "Im2Col", "IndexAdd", "IndexCopy", "IndexFill", "IndexPut", "Kthvalue", "Lerp",
+        "Lgamma", "LinalgCholeskyEx", "LinalgCross", "LinalgDet", "LinalgEigh",
+        "LinalgHouseholderProduct", "LinalgInvEx", "LinalgMatrixExp", "LinalgPinv", "LinalgQr",
+        "LinalgSlogdet", "LinalgSolveEx", "LinalgSolveTriangular", "LinalgSvd", "LinalgVectorNorm",
+        "Log10", "Log2", "Logaddexp", "Logaddexp2", "Logcumsumexp", "Logit", "MaskedScatter",
+        "MaskedSelect", "Maximum", "MaxPool3DWithIndices", "MaxUnpool2D", "MaxUnpool3D", "Minimum",
+        "Mish", "Mv", "Nansum", "NanToNum", "PackPaddedSequence", "PixelShuffle", "PixelUnshuffle",
+        "PreluKernel", "Prod", "Rad2Deg", "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D",
+        "Remainder", "ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "Roll", "Rot90",
+        "Round", "RreluWithNoise", "Scatter", "ScatterAdd", "ScatterReduce", "SelectScatter",
+        "Sign", "Sinc", "Sinh", "SliceScatter", "SoftMarginLoss", "Softshrink", "SparseAddmm",
+        "SpecialEntr", "SpecialLogNdtr", "Std", "StdMean", "Take", "Tan", "Trace", "Trilinear",
+        "Trunc", "Unfold", "UpsampleBicubic2D", "UpsampleBilinear2DAa", "UpsampleLinear1D",
+        "UpsampleNearest1D", "UpsampleNearest3D", "UpsampleNearestExact2D", "UpsampleTrilinear3D",
+        "Var", "VarMean", "Vdot", "Xlogy",
     )
-) | {"LerpBackward1", "MaxBackward1", "MinBackward1", "PowBackward1", "PowBackward2",
-     "ProdBackward1", "MaskedFillBackward1", "EluBackward1", "ClampMinBackward1",
-     "ClampMaxBackward1"}  # fmt: skip
+) | {
+    "ClampMaxBackward1", "ClampMinBackward1", "DivBackward2", "EluBackward1", "FmodBackward1",
+    "LerpBackward1", "MaskedFillBackward1", "MaxBackward1", "MedianBackward1", "MinBackward1",
+    "NormBackward1", "PowBackward1", "PowBackward2", "ProdBackward1", "ScatterBackward1",
+    "torch::autograd::CopySlices",
+}  # fmt: skip
 """Operations whose second derivative in PyTorch was compared with dense ones and is right."""
 
 

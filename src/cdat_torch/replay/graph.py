@@ -12,10 +12,18 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from cdat_torch.replay import fallback
-from cdat_torch.replay.registry import RULES, Edge, Node, Rule, Unsupported
+from cdat_torch.replay.registry import (
+    LEAF,
+    RULES,
+    Edge,
+    Needs,
+    Node,
+    Rule,
+    Unsupported,
+    the_adjoint,
+)
 
-FALLBACK = Rule(fallback.push, adjoint=True)
-_LEAF = "torch::autograd::AccumulateGrad"
+FALLBACK = Rule(fallback.push, the_adjoint)
 
 
 class Graph:
@@ -61,7 +69,7 @@ class Graph:
         active: set[Any] = set()
         for found in _inputs_first(loss.grad_fn):
             name = found.name()
-            if name == _LEAF:
+            if name == LEAF:
                 if id(found.variable) in known:
                     active.add(found)
                     self.leaves[found, 0] = found.variable
@@ -86,7 +94,7 @@ class Graph:
             raise Unsupported(msg)
         behind: set[Any] = set()
         for node in self.nodes:
-            read = [edge for edge in node.autograd.next_functions if self.uses[edge]]
+            read = [edge for edge in node.edges if edge in self.uses]
             after = [edge in ends or edge[0] in behind for edge in read]
             node.first_order = not any(after)
             if any(after):
@@ -95,16 +103,17 @@ class Graph:
                     msg = "the loss depends on parameters beside the outputs of the model"
                     raise Unsupported(msg)
 
-    def needs(self, node: Node) -> tuple[bool, tuple[int, ...]]:
-        """Return whether a node's rule needs the adjoint, and which derivatives of inputs."""
-        rule = rule_of(node)
-        if node.first_order:
-            return False, ()
-        if rule.both:
-            edges = node.autograd.next_functions
-            if not all(self.uses[edges[i]] for i in rule.both):
-                return False, ()
-        return rule.adjoint, rule.gradients
+    def is_read(self, edge: Edge) -> bool:
+        """Return whether the loss depends on a tensor."""
+        return edge in self.uses or edge == self.root
+
+    def active(self, node: Node) -> list[bool]:
+        """Return for each input of a node whether it depends on a parameter."""
+        return [edge in self.uses for edge in node.edges]
+
+    def needs(self, node: Node) -> Needs:
+        """Return what a node's rule needs of the backward pass."""
+        return Needs() if node.first_order else rule_of(node).needs(node, self.active(node))
 
     @functools.cached_property
     def signature(self) -> tuple[Any, ...]:

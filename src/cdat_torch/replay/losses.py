@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.replay.arithmetic import dot
-from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, Tangent, linear
+from cdat_torch.replay.registry import Node, Pushed, Tangent, linear, rule
 
 _NONE, _MEAN = 0, 1
 _ATEN = torch.ops.aten
@@ -33,8 +33,7 @@ def loss_of_difference(*names: str) -> Callable[[Callable[[Node, Tensor], Any]],
             difference = node.saved("self") - node.saved("target")
             return _reduced(node, moved, factor(node, difference), _slope_of_difference(node))
 
-        for name in names:
-            RULES[name] = Rule(push, adjoint=True)
+        rule(*names)(push)
         return factor
 
     return register
@@ -49,8 +48,7 @@ def loss_of_prediction(*names: str) -> Callable[[Callable[[Node], Tensor]], Any]
                 return NotImplemented
             return _reduced(node, dx, factor(node), node.vjp(torch.ones_like(node.zeros()))[0])
 
-        for name in names:
-            RULES[name] = Rule(push, adjoint=True)
+        rule(*names)(push)
         return factor
 
     return register

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cdat_torch.replay.arithmetic import dot
-from cdat_torch.replay.registry import Node, Pushed, Tangent, rule
+from cdat_torch.replay.arithmetic import HALF, dot
+from cdat_torch.replay.registry import Active, Needs, Node, Pushed, Tangent, rule
 
 _ATEN = torch.ops.aten
 
@@ -119,7 +118,26 @@ def _total(*terms: Tensor | None) -> Tensor | None:
     return torch.stack(present).sum() if present else None
 
 
-@rule("NativeBatchNormBackward0", gradients=(1,))
+def _batch_norm_needs(node: Node, active: Active) -> Needs:
+    """Need the gradients of x and w, from which the sums with the adjoint follow unless w is 0.
+
+    The gradient of x is in memory as the adjoint of the convolution before, as a rule.
+    """
+    x, w = active[:2]
+    if not x:
+        return Needs()
+    if not node.saved("training"):
+        return Needs(adjoint=w)
+    if not w:
+        return Needs(adjoint=True)
+    weight = node.saved("weight")
+    tiny = torch.finfo(weight.dtype).tiny ** 0.5
+    if node.reads_leaf(0) or node.metadata().dtype in HALF or bool(weight.abs().min() <= tiny):
+        return Needs(adjoint=True, gradients=(1,))
+    return Needs(gradients=(0, 1))
+
+
+@rule("NativeBatchNormBackward0", needs=_batch_norm_needs)
 def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     """Each channel over the batch; in evaluation mean and deviation are constants.
 
@@ -151,31 +169,45 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
 
 def _batch_moments(
     node: Node, dx: Tensor, x: Tensor, weight: Tangent, dw: Tangent, mean: Tensor, r: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tangent]:
     """Return w x^' and the second-order term."""
     number = x.numel() / x.shape[1]
-
-    def backward(
-        grad: Tensor, x: Tensor, w: Any, mean: Tensor, r: Tensor, eps: float, wanted: list[bool]
-    ) -> Any:
-        return _ATEN.native_batch_norm_backward(grad, x, w, None, None, mean, r, True, eps, wanted)
-
-    adjoint = node.adjoint.contiguous()
-    moved, with_normal, sums = backward(dx, x, weight, mean, r, node.saved("eps"), [True] * 3)
-    mean_dx, one, sums_only = sums / number, torch.ones_like(r), [False, True, True]
-    squares = backward(dx, dx, None, mean_dx, one, 0.0, sums_only)[1] / number
-    with_adjoint = backward(adjoint, dx, None, mean_dx, one, 0.0, sums_only)[1]
-    gradient = node.gradient(1)  # <adjoint, x^> for each channel
-    if gradient is None:
-        gradient = backward(adjoint, x, None, mean, r, 0.0, sums_only)[1]
+    eps = node.saved("eps")
+    moved, with_normal, sums = _ATEN.native_batch_norm_backward(
+        dx, x, weight, None, None, mean, r, True, eps, [True, True, True]
+    )
+    if node.first_order:
+        return moved, None
+    mean_dx = sums / number
+    squares = _centred(dx, dx, mean_dx) / number
+    if node.adjoints:
+        adjoint, gradient = node.adjoint.contiguous(), node.gradient(1)
+        with_adjoint = _centred(adjoint, dx, mean_dx)
+        if gradient is None:
+            gradient = r * _centred(adjoint, x, mean)
+    else:
+        # backward computed g_x = r w (adjoint - mean - x^ <adjoint, x^> / number)
+        assert weight is not None
+        gradient = node.unchanged(1)
+        with_adjoint = _centred(node.unchanged(0).contiguous(), dx, mean_dx) / (r * weight)
+        with_adjoint = with_adjoint + gradient * with_normal / number
     q = -r * with_normal / number
     ratio = 3 * q * q - r * r * squares
-    # <adjoint, x^''> with x^'' = 2 q r c' + (r'' / r) x^
+    # <adjoint, x^''> with x^'' = 2 q r c' + (r'' / r) x^; the gradient of w is <adjoint, x^>
     second = 2 * q * r * with_adjoint + ratio * gradient
     second = (second if weight is None else second * weight).sum(dtype=torch.float64)
     if dw is not None:
         second = second + 2 * (dw * (r * with_adjoint + q * gradient)).sum(dtype=torch.float64)
     return moved, second
+
+
+def _centred(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
+    """Return <a, b - mean> for each channel, by the kernel that sums so for backward."""
+    one = torch.ones_like(mean)
+    _, sums, _ = _ATEN.native_batch_norm_backward(
+        a, b, None, None, None, mean, one, True, 0.0, [False, True, False]
+    )
+    return sums  # type: ignore[no-any-return]
 
 
 def _weight_norm_in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.replay.arithmetic import add_scaled, balance, dot
+from cdat_torch.replay.arithmetic import HALF, add_scaled, balance, dot
 from cdat_torch.replay.registry import Node, Pushed, Tangent, rule
 
 Product = Callable[[Tensor, Tensor], Tensor]
-HALF = (torch.bfloat16, torch.float16)
-"""Too coarse for a difference of products: three products are formed."""
 AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -62,7 +60,7 @@ def bilinear(
     point = x()
     if node.first_order:
         return add_product(product(point, dw), dx, w()), None
-    if gradient is None or point.dtype in HALF:
+    if gradient is None or point.dtype in HALF:  # too coarse for a difference of products
         second = 2 * dot(node.adjoint, product(dx, dw))
         return add_product(product(point, dw), dx, w()), second
     a = balance(point, dx)
@@ -170,7 +168,7 @@ def mul(node: Node, da: Tangent, db: Tangent) -> Pushed:
     return Pushed(z, 2 * dot(node.adjoint, da * db))
 
 
-@rule("DivBackward0")
+@rule("DivBackward0", both=(1,))
 def div(node: Node, da: Tangent, db: Tangent) -> Pushed:
     """Z = a / b, elementwise: z' = (a' - z b') / b and z'' = -2 z' b' / b."""
     b = node.saved("other")

@@ -23,6 +23,8 @@ Tangent = Tensor | None
 
 Edge = tuple[Any, int]
 """An autograd node and the number of one of its outputs: a tensor of the forward pass."""
+LEAF = "torch::autograd::AccumulateGrad"
+"""The name of the nodes of leaves."""
 InnerProducts = dict[tuple[int, int, int], Tensor]
 
 
@@ -36,7 +38,8 @@ class Node:
     Attributes
     ----------
     adjoints : tuple of Tensor or None
-        The derivatives of the loss with respect to the outputs; empty if the rule asked for none.
+        The derivatives of the loss with respect to the outputs, or what the rule keeps of them;
+        empty if the rule asked for none.
     gradients : dict
         By position, those derivatives with respect to inputs that the rule asked for.
     inner_products : dict
@@ -64,16 +67,31 @@ class Node:
         return self._node
 
     @property
+    def edges(self) -> Sequence[Edge]:
+        """The inputs."""
+        edges: Sequence[Edge] = self._node.next_functions
+        return edges
+
+    @property
     def name(self) -> str:
         """What PyTorch calls it, such as "AddmmBackward0"."""
         name: str = self._node.name()
         return name
+
+    def reads_leaf(self, position: int) -> bool:
+        """Return whether an input is a leaf: its derivative is where it may be changed."""
+        return self.edges[position][0].name() == LEAF  # type: ignore[no-any-return]
 
     @property
     def adjoint(self) -> Tensor:
         """The adjoint of the first output."""
         adjoint = self.adjoints[0] if self.adjoints else None
         return self.zeros() if adjoint is None else adjoint
+
+    @property
+    def has_large_adjoint(self) -> bool:
+        """Whether the adjoint of the first output was kept and is more than a number."""
+        return bool(self.adjoints) and self.adjoint.numel() > 1
 
     def gradient(self, position: int) -> Tensor | None:
         """Return the derivative with respect to an input, unless it was changed in place since."""
@@ -82,10 +100,19 @@ class Node:
             return None
         return gradient
 
+    def unchanged(self, position: int) -> Tensor:
+        """Return the derivative with respect to an input; `Unsupported` if it was changed."""
+        gradient = self.gradient(position)
+        if gradient is None:
+            msg = f"a derivative that {self.name} computed was changed in place"
+            raise Unsupported(msg)
+        return gradient
+
     def keep(self, position: int, gradient: Tensor) -> None:
-        """Keep the derivative with respect to an input."""
-        self.gradients[position] = gradient.detach()
-        self._versions[position] = gradient._version
+        """Keep the derivative with respect to an input; of a vector a copy, against changes."""
+        gradient = gradient.detach()
+        self.gradients[position] = gradient.clone() if gradient.dim() < 2 else gradient
+        self._versions[position] = self.gradients[position]._version
 
     def inner_product(self, gradient: Tensor, tangent: Tensor) -> Tensor:
         """Return <gradient, tangent>; for a weight that is read once it is part of the slope."""
@@ -140,9 +167,41 @@ class Pushed(NamedTuple):
     tangents: Tangent | Sequence[Tangent]
     second: Tensor | None = None
 
+    def of_outputs(self) -> list[Tangent]:
+        """Return the tangents of all outputs."""
+        found = self.tangents
+        return [found] if isinstance(found, Tensor) else list(found or ())
+
+
+class Needs(NamedTuple):
+    """What a rule needs of the backward pass.
+
+    Attributes
+    ----------
+    adjoint : bool
+        Whether it reads `Node.adjoint`.
+    gradients : tuple of int
+        The positions of those inputs whose derivative it reads.
+    """
+
+    adjoint: bool = False
+    gradients: tuple[int, ...] = ()
+
 
 Push = Callable[..., Any]
 Forward = Callable[[Node], tuple[Callable[..., Tensor], Sequence[Tensor]]]
+Active = Sequence[bool]
+"""For each input whether it depends on a parameter."""
+
+
+def nothing(node: Node, active: Active) -> Needs:
+    """Need nothing, as linear operations do."""
+    return Needs()
+
+
+def the_adjoint(node: Node, active: Active) -> Needs:
+    """Need the adjoint."""
+    return Needs(adjoint=True)
 
 
 @dataclass(frozen=True)
@@ -154,22 +213,25 @@ class Rule:
     push : callable
         ``push(node, *tangents) -> Pushed``; NotImplemented where it does not cover the arguments
         that the operation was called with.
-    adjoint : bool
-        Whether it reads `Node.adjoint`.
-    gradients : tuple of int
-        The positions of those inputs whose derivative it reads.
-    both : tuple of int
-        Without tangents at all of these positions the operation is linear, and nothing is needed.
+    needs : callable
+        ``needs(node, active) -> Needs``. All that is kept stays in memory until the sweep.
     forward : callable, optional
         ``forward(node) -> (function, inputs)``, the operation written with others. The rule is
         compared with its double backward where that of the node itself is missing or wrong.
+    part : callable, optional
+        ``part(node, adjoint)``, what is kept in the place of the first output's adjoint.
     """
 
     push: Push
-    adjoint: bool = False
-    gradients: tuple[int, ...] = ()
-    both: tuple[int, ...] = ()
+    needs: Callable[[Node, Active], Needs] = nothing
     forward: Forward | None = None
+    part: Callable[[Node, Tensor], Tensor] | None = None
+
+    def kept(self, node: Node, adjoints: tuple[Tangent, ...]) -> tuple[Tangent, ...]:
+        """Return what of the adjoints is kept."""
+        if self.part is None or adjoints[0] is None:
+            return tuple(adjoints)
+        return (self.part(node, adjoints[0]), *adjoints[1:])
 
 
 RULES: dict[str, Rule] = {}
@@ -180,13 +242,22 @@ def rule(
     adjoint: bool = True,
     gradients: tuple[int, ...] = (),
     both: tuple[int, ...] = (),
+    needs: Callable[[Node, Active], Needs] | None = None,
     forward: Forward | None = None,
+    part: Callable[[Node, Tensor], Tensor] | None = None,
 ) -> Callable[[Push], Push]:
-    """Register ``push(node, *tangents) -> Pushed`` for the autograd nodes of these names."""
+    """Register ``push(node, *tangents) -> Pushed`` for the autograd nodes of these names.
+
+    It needs the adjoint and the gradients at these positions, but nothing where one of the inputs
+    `both` is a constant, because it is linear then. Other needs are given as a function.
+    """
+
+    def usual(node: Node, active: Active) -> Needs:
+        return Needs(adjoint, gradients) if all(active[i] for i in both) else Needs()
 
     def register(push: Push) -> Push:
         for name in names:
-            RULES[name] = Rule(push, adjoint, gradients, both, forward)
+            RULES[name] = Rule(push, needs or usual, forward, part)
         return push
 
     return register

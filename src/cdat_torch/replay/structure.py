@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cdat_torch.replay.registry import Node, Tangent, linear
 
+_BAG_MODES = {0: "sum", 1: "mean"}
+
 
 @linear(
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ReshapeCopyBackward0",
@@ -144,6 +146,20 @@ def embedding(node: Node, dx: Tensor) -> Tensor:
     padding = node.saved("padding_idx")
     found = torch.nn.functional.embedding(rows, dx)
     return found if padding < 0 else found.masked_fill((rows == padding).unsqueeze(-1), 0)
+
+
+@linear("EmbeddingBagBackward0")
+def embedding_bag(node: Node, dx: Tensor, *weights: Tangent) -> Any:
+    """Sums or means of rows of a table, also weighted by constants; not their maxima."""
+    mode = node.saved("mode")
+    if mode not in _BAG_MODES or any(weight is not None for weight in weights):
+        return NotImplemented
+    padding = node.saved("padding_idx")
+    return torch.nn.functional.embedding_bag(
+        node.saved("indices"), dx, node.saved("offsets"), mode=_BAG_MODES[mode],
+        per_sample_weights=node.saved("per_sample_weights"),
+        padding_idx=None if padding < 0 else padding,
+    )  # fmt: skip
 
 
 @linear("MaskedFillBackward0")

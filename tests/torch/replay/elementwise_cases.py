@@ -59,6 +59,7 @@ CASES: list[Case] = [
     case("Elu", F.selu, _S, domain="apart", label="selu"),
     case("Gelu", F.gelu, _S),
     case("Gelu", lambda x: F.gelu(x, approximate="tanh"), _S, label="tanh"),
+    case("Gelu", F.gelu, (3, 2**14), label="larger than a chunk"),
     case("Erf", torch.erf, _S),
     *(
         case("Pow", lambda x, p=p: x**p, _S, domain=domain, label=f"{p}")

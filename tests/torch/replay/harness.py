@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cdat_torch.differentiability import nodes
 from cdat_torch.replay import Recording, graph, recording
-from cdat_torch.replay.registry import Node, Rule
+from cdat_torch.replay.registry import Node, Rule, the_adjoint
 
 Loss = Callable[..., Tensor]
 Shape = tuple[int, ...]
@@ -59,7 +59,7 @@ def case(
     falls_back: bool = False,
 ) -> Case:
     """Return a case of the node "<node>Backward0", or of the node with the name as it is."""
-    name = node if "Backward" in node else f"{node}Backward0"
+    name = node if "Backward" in node or "::" in node else f"{node}Backward0"
     return Case(name, function, shapes, domain, label, falls_back)
 
 
@@ -227,5 +227,5 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(recording, "_VERIFIED", _Everything())
         patch.setattr(recording.fallback, "push", noted)
-        patch.setattr(graph, "FALLBACK", Rule(noted, adjoint=True))
+        patch.setattr(graph, "FALLBACK", Rule(noted, the_adjoint))
         yield asked

@@ -89,6 +89,8 @@ CASES: list[Case] = [
          label="across, causal"),
     case(_ATTENTION, _attend(enable_gqa=True, is_causal=True), (1, 4, _LENGTH, 3),
          (1, 2, _LENGTH, 3), (1, 2, _LENGTH, 3), label="grouped"),
+    case(_ATTENTION, _attend(is_causal=True, attn_mask=None), *_qkv(45, batch=40),
+         label="in parts of the batch"),
     case(_ATTENTION, _attend(enable_gqa=True), (2, 6, 5, 3), (2, 2, 5, 3), (2, 2, 5, 3),
          label="grouped, short"),
 ]  # fmt: skip

@@ -15,6 +15,9 @@ _MEAN, _VAR = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).doubl
 _DEAD = torch.zeros(_S).masked_fill(torch.tensor([[True], [False], [False]]), -torch.inf)
 
 
+_MASK_OF_CHANNELS = torch.tensor([1.0, 0.0, 1.0, 0.0])
+
+
 def _batch_norm(**options: Any) -> Any:
     def normalised(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         buffers = (_MEAN.clone(), _VAR.clone()) if options.get("buffers", True) else (None, None)
@@ -105,6 +108,8 @@ CASES: list[Case] = [
     case("NativeBatchNorm", _batch_norm(buffers=False), (3, 4, 2), (4,), (4,), label="no buffers"),
     case("NativeBatchNorm", _batch_norm(), (3, 4, 2), (4,), label="no bias"),
     case("NativeBatchNorm", _bias_alone, (3, 4, 2), (4,), label="no weight"),
+    case("NativeBatchNorm", lambda x, w, b: _batch_norm()(x, w * _MASK_OF_CHANNELS, b), (3, 4, 2),
+         (4,), (4,), label="weights of zero"),
     case("NativeBatchNorm", _batch_norm(training=False), (3, 4, 2), (4,), (4,), label="eval"),
     case("NativeBatchNorm", _batch_norm(training=False), (3, 4), label="eval, not affine"),
     case("NativeBatchNorm", F.instance_norm, (2, 4, 3), label="instance norm"),

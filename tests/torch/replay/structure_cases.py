@@ -83,6 +83,13 @@ CASES: list[Case] = [
     case("IndexSelect", lambda x: x.index_select(-1, torch.tensor([3, 0, 0])), _S),
     case("Gather", lambda x: x.gather(-1, torch.tensor([[0, 0], [2, 1], [3, 3]])), _S),
     case("Embedding", lambda w: F.embedding(_ROWS, w), (5, 3)),
+    case("EmbeddingBag", lambda w: F.embedding_bag(_ROWS, w, mode="sum"), (5, 3)),
+    case("EmbeddingBag", lambda w: F.embedding_bag(_ROWS, w, mode="mean", padding_idx=2), (5, 3),
+         label="mean"),
+    case("EmbeddingBag", lambda w: F.embedding_bag(
+        _ROWS.flatten(), w, torch.tensor([0, 1, 4]), mode="mean"), (5, 3), label="offsets"),
+    case("EmbeddingBag", lambda w: F.embedding_bag(
+        _ROWS, w, mode="sum", per_sample_weights=_ROWS.double()), (5, 3), label="weighted"),
     case("MaskedFill", lambda x: x.masked_fill(_MASK, 2.0), _S),
     case("MaskedFill", lambda x: x.masked_fill(_MASK, 2.0), (1, 4), label="broadcast"),
     case("Where", lambda a, b: torch.where(_MASK, a, b), _S, _S),

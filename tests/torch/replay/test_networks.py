@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cdat_torch.differentiability import recurrent_layers_in_parts
+from cdat_torch.differentiability import replayable
 from tests.torch.replay.harness import names, norm, replay, vdot
 
 Layer = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ def twice(
     loss: Callable[[], Tensor], params: Sequence[Tensor], u: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return slope, curvature and a scale for their errors, by double backward."""
-    with sdpa_kernel(SDPBackend.MATH), recurrent_layers_in_parts():
+    with sdpa_kernel(SDPBackend.MATH), replayable():
         g = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True)
     moved = [(a, v) for a, v in zip(g, u, strict=True) if a is not None and a.requires_grad]
     product = torch.autograd.grad(
@@ -242,7 +242,7 @@ class Recurrent(nn.Module):
         self.body, self.head = kind(6, 7, num_layers=2, batch_first=True), nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        with recurrent_layers_in_parts():
+        with replayable():
             return self.head(self.body(x)[0][:, -1])
 
 
