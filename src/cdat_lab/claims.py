@@ -58,7 +58,7 @@ class Verdict:
         What was measured: median, and lowest to highest over the seeds.
     outcome : str
         "holds" if every seed is in the range, "in part" if some are, "does not hold" if none is,
-        "unknown" if nothing was measured.
+        "unknown" if nothing was measured, or what it is set against diverged.
     values : tuple of float
         The number of each seed.
     """
@@ -86,7 +86,7 @@ class Check:
     quantity : str
         What is measured, in words.
     measure : callable
-        ``measure(result, reference) -> number``.
+        ``measure(result, reference) -> number``; None if the reference has none to compare with.
     low, high : float
         The range, ends included.
     reference : str
@@ -98,7 +98,7 @@ class Check:
     base: str
     contender: str
     quantity: str
-    measure: Callable[[Result, Result], float]
+    measure: Callable[[Result, Result], float | None]
     low: float = -math.inf
     high: float = math.inf
     reference: str = CONSTANT
@@ -128,13 +128,13 @@ def in_range(quantity: str, low: float, high: float) -> str:
     return f"{quantity} from {low:.3g} to {high:.3g}"
 
 
-def loss_ratio(result: Result, reference: Result) -> float:
-    """Return one final loss over another; infinity if the first diverged."""
+def loss_ratio(result: Result, reference: Result) -> float | None:
+    """Return one final loss over another; infinity if the first diverged, None if the second."""
     return _ratio(final_loss(result), final_loss(reference))
 
 
-def sharpness_ratio(result: Result, reference: Result) -> float:
-    """Return one late sharpness over another."""
+def sharpness_ratio(result: Result, reference: Result) -> float | None:
+    """Return one late sharpness over another; None if the second run has none."""
     return _ratio(_number(sharpness(result)), _number(sharpness(reference)))
 
 
@@ -218,7 +218,9 @@ def _checked(check: Check, race: Race, results: Results, where: str) -> Verdict:
             results.get(race.key(name, seed)) for name in (check.contender, check.reference)
         )
         if result is not None and reference is not None:  # there in an interrupted study
-            values.append(check.measure(result, reference))
+            number = check.measure(result, reference)
+            if number is not None:
+                values.append(number)
     setting = f"{race.task}, {find_base(race.base).label}, full batch{where}"
     return _verdict(check.claim, setting, check.expected(), values, check.low, check.high)
 
@@ -313,7 +315,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _ratio(value: float, reference: float) -> float:
-    if math.isinf(reference) and math.isinf(value):
-        return math.nan
+def _ratio(value: float, reference: float) -> float | None:
+    if not math.isfinite(reference):
+        return None
     return value / reference if reference else math.inf

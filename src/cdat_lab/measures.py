@@ -64,7 +64,7 @@ def sweep_ratios(
     Returns
     -------
     ndarray
-        Infinity where a run diverged, NaN where one is missing.
+        Infinity where a run diverged, NaN where one is missing or the constant rate diverged.
     """
     ratios = np.full((len(sweep.sigmas), len(sweep.batch_sizes)), np.nan)
     for column, race in enumerate(sweep.races()):
@@ -74,8 +74,10 @@ def sweep_ratios(
                 for seed in (seeds or sweep.seeds)
             ]
             if all(key in results for pair in keys for key in pair):
-                pairs = [[final_loss(results[key]) for key in pair] for pair in keys]
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    logarithms = np.log(pairs) @ [1.0, -1.0]
-                ratios[row, column] = np.exp(np.mean(logarithms))
+                losses, constant = np.transpose(
+                    [[final_loss(results[key]) for key in pair] for pair in keys]
+                )
+                if np.isfinite(constant).all():
+                    with np.errstate(divide="ignore"):
+                        ratios[row, column] = np.exp(np.mean(np.log(losses) - np.log(constant)))
     return ratios

@@ -60,6 +60,20 @@ def test_a_verdict_counts_the_seeds_in_the_range(losses: tuple[float, float], ou
     assert {verdict.outcome for verdict in others} == {"unknown"}  # CDAT 2 was not run
 
 
+def test_a_constant_rate_that_diverged_is_nothing_to_be_set_against() -> None:
+    """Neither has every other rule beaten it, nor lost to it."""
+    names = ("constant", "cdat-1.9")
+    ends = {("constant", 0): math.inf, ("constant", 1): 0.1}
+    keys = [RACE.key(name, seed) for name in names for seed in RACE.seeds]
+    name = "CDAT 1.9 (no EMA): loss over that of the tuned constant at most 0.65"
+    found = outcomes({key: ending(key, ends.get((key.contender, key.seed), 0.01)) for key in keys})
+    assert found[name].values == pytest.approx((0.1,))
+    found = outcomes(
+        {key: ending(key, math.inf if key.contender == "constant" else 0.01) for key in keys}
+    )
+    assert (found[name].outcome, found[name].measured) == ("unknown", "not measured")
+
+
 @pytest.mark.parametrize(("product", "outcome"), [(3.8, "holds"), (3.5, "does not hold")])
 def test_the_edge_is_asked_for_within_five_percent(product: float, outcome: str) -> None:
     names = ("constant", "cdat-2-ema-0.9")
@@ -91,7 +105,11 @@ def test_the_best_sigma_must_rise_with_the_batch(best: tuple[float, ...], outcom
     (verdict,) = claims.verdicts(study, results)
     assert verdict.outcome == outcome
     assert verdict.values == best
-    del results[sweep.races()[0].key("constant", 1)]
+    missing = sweep.races()[0].key("constant", 1)
+    results[missing] = ending(missing, math.inf)
+    (verdict,) = claims.verdicts(study, results)
+    assert verdict.outcome == "unknown"
+    del results[missing]
     (verdict,) = claims.verdicts(study, results)
     assert verdict.outcome == "unknown"
 

@@ -238,11 +238,7 @@ def test_runs_that_diverged_are_shown(everything: Findings, html: str) -> None:
 
 
 def test_an_incomplete_study_has_a_page(everything: Findings, html: str) -> None:
-    found = Page(html)
-    races, sweep = everything.study.races, everything.study.sweeps[0]
-    total = sum(len(race.result_keys()) for race in races) + len(sweep.races()) * 5 * 2
-    assert f"{total - len(everything.results)} of {total} results are not there" in found.text
-    assert "1 of 3 missing" in found.text
+    assert "1 of 3 missing" in Page(html).text
 
     nothing = dataclasses.replace(everything, results={}, simulations=(), verdicts=())
     empty = page(nothing)

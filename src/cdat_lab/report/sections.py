@@ -75,16 +75,11 @@ def _done(findings: Findings) -> str:
 
 
 def _doubts(findings: Findings) -> list[str]:
-    """Return what a reader should know before the numbers: what is not there, or not alike."""
-    found = []
-    keys = {key for each in findings.study.all_races() for key in each.result_keys()}
-    missing = len(keys - set(findings.results))
-    if missing:
-        found.append(f"{missing} of {len(keys)} results are not there; the tables say which.")
+    """Return what a reader should know before the numbers: what is not alike."""
     made = Counter(backend for backend, _, _ in identities(findings))
-    if any(count > 1 for count in made.values()):
-        found.append("The results were made with different versions or code; see Configuration.")
-    return found
+    if all(count == 1 for count in made.values()):
+        return []
+    return ["The results were made with different versions or code; see Configuration."]
 
 
 def _versions(findings: Findings) -> str:
