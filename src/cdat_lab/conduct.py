@@ -63,7 +63,7 @@ def reopen(folder: Path) -> Findings:
     if not missing:
         return findings
     notice = (
-        f"{missing} of {len(jobs)} results are missing or come from another version (the tables say "
+        f"{missing} of {len(jobs)} results are missing or come from another version (tables say "
         f"which); `{study.command} --resume` makes them"
     )
     return findings.noted(notice)
