@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -249,9 +250,17 @@ def test_other_hooks_on_saved_tensors_are_no_obstacle() -> None:
     torch.testing.assert_close(found.curvature, expected, rtol=1e-10, atol=0)
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Let a test compile; the others find a process that has compiled nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler, which sees Python of its own
 def test_compiled_modules_are_replayed_uncompiled() -> None:
-    torch._dynamo.reset()
     model = network(nn.BatchNorm1d(7))
     compiled = torch.compile(model, backend="aot_eager")
     params, u = parameters(model), random_like(parameters(model))
