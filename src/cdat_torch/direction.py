@@ -37,10 +37,13 @@ _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
     torch.optim.Rprop,
     *_MUON,
 )
+_BY_ENTRY = tuple(kind for kind in _INDEPENDENT_OF_PARAMS if kind not in _MUON)
 _DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, *_MUON)
 
 
-def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+def base_direction(
+    base: Optimizer, params: Sequence[Tensor], *, zeros: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Advance the state of `base` by one step and return the step it takes at learning rate 1.
 
     Parameters
@@ -49,6 +52,8 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
         Its averages move on; its parameters do not.
     params : sequence of Tensor
         The parameters to step on; each has its gradient in ``p.grad``.
+    zeros : sequence of Tensor, optional
+        Where to write the step, if it does not depend on the parameters.
 
     Returns
     -------
@@ -62,7 +67,9 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     """
     exact = independent_of_params(base)
     limited = type(base) is torch.optim.Adafactor
-    stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
+    if zeros is None:
+        zeros = [torch.zeros_like(p) if exact else p.detach().clone() for p in params]
+    stand_ins = dict(zip(params, zeros, strict=True))
     for group in base.param_groups:
         for p in group["params"]:
             if p in stand_ins:
@@ -105,6 +112,11 @@ def steps_by_parameter(base: Optimizer) -> bool:
     """Return whether steps on parts of the parameters are one step on all, and can be repeated."""
     watched = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
     return independent_of_params(base) and not watched
+
+
+def steps_by_entry(base: Optimizer) -> bool:
+    """Return whether each entry of a parameter takes a step of its own, as in Adam."""
+    return type(base) in _BY_ENTRY
 
 
 @contextmanager

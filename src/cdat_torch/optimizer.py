@@ -18,7 +18,6 @@ from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch import checkpoint, groups
-from cdat_torch.base_state import tentative_step
 from cdat_torch.closure import all_finite, closure_loss
 from cdat_torch.direction import base_direction
 from cdat_torch.distributed import Replicas
@@ -31,6 +30,7 @@ from cdat_torch.sharding import locals_of
 from cdat_torch.skips import SkipCount
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step_info import StepInfo
+from cdat_torch.tentative import tentative_step
 from cdat_torch.tracking import SharpnessTracker
 
 
