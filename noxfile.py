@@ -160,8 +160,7 @@ def reproduce(session: nox.Session) -> None:
 def bench_jax(session: nox.Session) -> None:
     """Print time, FLOPs and memory of a step under JAX, beside Optax's own."""
     install(session, ".[jax]")
-    one_thread = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
-    session.run("python", "benchmarks/jax_steps.py", *session.posargs, env=one_thread)
+    session.run("python", "benchmarks/jax_steps.py", *session.posargs)
 
 
 @nox.session(default=False)

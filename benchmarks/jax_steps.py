@@ -4,11 +4,12 @@ See `turns` for how time is taken. FLOPs and temporary memory are what XLA says 
 step. It counts the body of a loop once and the dearer branch of a condition, so FLOPs are left out
 where there is a search or a measurement every so often.
 
-    python benchmarks/jax_steps.py [--rounds 40] [--tasks mlp resnet gpt]
+    python benchmarks/jax_steps.py [--rounds 40] [--cores 1] [--tasks mlp resnet gpt]
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -262,11 +263,22 @@ def compare(name: str, rounds: int) -> None:
         print(f"| {other}{note} | {times[other]} | {flops} | {memory} |", flush=True)
 
 
+def confine(cores: int) -> int:
+    """Confine this process, before JAX starts threads, to some cores; return how many it has."""
+    if not hasattr(os, "sched_setaffinity"):  # neither on macOS nor on Windows
+        return os.cpu_count() or 1
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    return len(os.sched_getaffinity(0))
+
+
 def main() -> None:
-    chosen = parser(__doc__, TASKS, rounds=40).parse_args()
+    options = parser(__doc__, TASKS, rounds=40)
+    options.add_argument("--cores", type=int, default=1, help="of the CPU, to be used at most")
+    chosen = options.parse_args()
+    cores = confine(chosen.cores)  # no flag of XLA does: it takes as many threads as it sees cores
     print(
         f"JAX {jax.__version__}, Optax {optax.__version__}, {jax.default_backend()}, "
-        f"{platform.machine()}, {chosen.rounds} rounds"
+        f"{platform.machine()}, {cores} core(s), {chosen.rounds} rounds"
     )
     for name in chosen.tasks:
         compare(name, chosen.rounds)
