@@ -119,11 +119,12 @@ def test_hvp_reduces_up_to_two_further_gradients(mesh, layout):
 
 @layouts
 def test_steps_without_a_measurement_communicate_nothing_for_it(mesh, layout):
+    """But <g, g> of sharded leaves, to see that it is finite."""
     always = collectives(outside_of_branches(program("every", mesh, layout)))
     always.subtract(collectives(program("adam", mesh, layout)))
-    slope = len([leaf for leaf in jax.tree.leaves(start()) if layout(leaf) != P()])
-    assert +always == ({SCALAR: slope} if slope else {})
-    assert beyond_the_base("every", mesh, layout)[SCALAR] > slope
+    assert +always == {}
+    sharded = len([leaf for leaf in jax.tree.leaves(start()) if layout(leaf) != P()])
+    assert beyond_the_base("every", mesh, layout)[SCALAR] > 2 * sharded
 
 
 def test_a_mesh_with_explicit_axes():
