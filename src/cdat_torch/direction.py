@@ -119,6 +119,33 @@ def steps_by_entry(base: Optimizer) -> bool:
     return type(base) in _BY_ENTRY
 
 
+def steps_in_proportion(base: Optimizer) -> bool:
+    """Return whether `base` itself can step at a known rate without a look at the direction.
+
+    Its steps are then proportional to the learning rate and finite for finite gradients, only
+    trainable parameters have one, and the rate is read without waiting for a device.
+    """
+    params = [p for group in base.param_groups for p in group["params"]]
+    return (
+        type(base) in _BY_ENTRY
+        and type(base) is not torch.optim.Rprop
+        and all(group.get("eps", 1.0) > 0 for group in base.param_groups)
+        and all(p.device.type == "cpu" and (p.requires_grad or p.grad is None) for p in params)
+    )
+
+
+def step_at(base: Optimizer, rate: float) -> None:
+    """Let `base` step at `rate` times the ``lr`` of each group, which is a multiplier."""
+    multipliers = [group["lr"] for group in base.param_groups]
+    try:
+        for group in base.param_groups:
+            group["lr"] = rate * float(group["lr"])
+        base.step()
+    finally:
+        for group, multiplier in zip(base.param_groups, multipliers, strict=True):
+            group["lr"] = multiplier
+
+
 @contextmanager
 def _stepping_on(
     base: Optimizer, stand_ins: dict[Tensor, Tensor], *, without_decay: bool

@@ -361,6 +361,11 @@ class TunedOptimizer(Optimizer):
             self._conclude(value, Decision.none(self._rate))
             return value
 
+        held = self._rule.held_step(self.base, self._rate, replicas=self._replicas)
+        if held is not None:
+            self._conclude(value, held)
+            return value
+
         tentative = None
         if self._rule.measures or self._rule.needs_closure or self._replicas.size > 1:  # may fail
             tentative = tentative_step(self.base, params, read=self._rule.tracker is not None)

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cdat_core import Measurement, _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.checkpoint import SavedTuner, restore
+from cdat_torch.direction import step_at, steps_in_proportion
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
 from cdat_torch.methods import ways_named, ways_with_product
@@ -113,6 +115,21 @@ class TunerRule:
         """Take note of a step that was skipped: the rate to hold is lost."""
         self.until_refresh = 0
 
+    def held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> Decision | None:
+        """Let `base` step at the rate in use between measurements; None where `choose` is to.
+
+        So it does with a single process and a base whose steps are in proportion to its rate.
+        """
+        if not self._holds or replicas.size > 1 or not steps_in_proportion(base):
+            return None
+        step_at(base, float(rate))
+        self.until_refresh -= 1
+        return Decision(rate, torch.zeros_like(rate, dtype=torch.bool))
+
+    @property
+    def _holds(self) -> bool:
+        return self._needs_graph and not self.measures
+
     def choose(
         self,
         evaluation: StepLoss,
@@ -139,7 +156,7 @@ class TunerRule:
             The other processes.
         """
         along = evaluation.along(dict(zip(params, direction, strict=True)))
-        if self._needs_graph and not self.measures:
+        if self._holds:
             (slope,) = replicas.mean([evaluation.slope(along)])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
@@ -192,6 +209,9 @@ class SearchRule:
 
     def miss(self) -> None:
         """Do nothing."""
+
+    def held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
+        """Do nothing: each step looks for a rate."""
 
     def choose(
         self,

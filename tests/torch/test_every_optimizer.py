@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from cdat_core import tuners
-from cdat_torch import CDAT, TunedOptimizer, tentative
+from cdat_torch import CDAT, TunedOptimizer, rules, tentative
 from cdat_torch.direction import base_direction
 from tests.torch.models import mlp
 
@@ -339,6 +339,33 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
         step.conclude(torch.tensor(False))
     assert [{**group, "params": None} for group in base.param_groups] == settings
     assert [p for group in base.param_groups for p in group["params"]] == params
+
+
+@pytest.mark.parametrize(("c", "chosen"), cases())
+def test_steps_that_hold_the_rate_are_those_along_the_direction(
+    c: Callable[..., Optimizer], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a multiplier of a scheduler, and beside a frozen parameter with an old gradient."""
+
+    def trained() -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [torch.randn(4, 3, dtype=torch.float64).requires_grad_() for _ in range(2)]
+        params[1].grad = torch.ones_like(params[1])
+        params[1].requires_grad = False
+        base = c(params, **chosen)
+        tuned = CDAT(base, max_learning_rate=1e-2, initial_learning_rate=1e-2, every=3)
+        for step in range(7):
+            tuned.param_groups[0]["lr"] = 1.0 / (1 + step)
+            if step == 4:
+                params[1].grad = None
+            tuned.step(lambda: ((params[0] - 0.3) ** 4).sum())
+            assert (tuned.last.curvature is None) == bool(step % 3)
+            assert tuned.param_groups[0]["lr"] == 1.0 / (1 + step)
+        return [p.detach() for p in params]
+
+    found = trained()
+    monkeypatch.setattr(rules, "steps_in_proportion", lambda base: False)
+    torch.testing.assert_close(found, trained(), rtol=1e-12, atol=1e-14)
 
 
 # Adafactor reads the parameters, and its direction is what is left of a difference.
