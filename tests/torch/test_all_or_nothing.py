@@ -213,7 +213,8 @@ def test_ctrl_c_at_any_moment_and_again_leaves_all_or_nothing(way: str, what: st
     outcomes, most = set(), 0
     for line in random.Random(0).sample(range(1, counter.lines + 1), MOMENTS):
         training, ctrl_c = Training(way), CtrlC(line)
-        assert ctrl_c(getattr(training, what))
+        # Finalizers take lines of their own, so a run may have fewer than the one that was counted.
+        assert ctrl_c(getattr(training, what)) or ctrl_c.lines < line
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         found = training.everything()
         undone, done = differences(before, found), differences(after, found)
