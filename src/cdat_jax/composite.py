@@ -114,10 +114,10 @@ def split(value_fn: Any) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree],
     TypeError
         If `value_fn` is anything else.
     """
-    if isinstance(value_fn, functools.partial) and not value_fn.args:
-        composite, keywords = value_fn.func, value_fn.keywords
-    else:
-        composite, keywords = value_fn, {}
+    composite, keywords = value_fn, {}
+    # Python makes one partial of nested ones, but not where the inner has attributes.
+    while isinstance(composite, functools.partial) and not composite.args:
+        composite, keywords = composite.func, {**composite.keywords, **keywords}
     if not isinstance(composite, CompositeLoss):
         msg = (
             'value_fn must be a CompositeLoss for curvature="gauss_newton", or a functools.partial '

@@ -161,6 +161,19 @@ def test_a_linear_model_has_the_hessian(loss_fn):
     assert float(gauss_newton(on_batch, params, u).curvature) == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_partial_with_attributes_may_be_fixed_further():
+    """Python does not merge it with the next one; of a keyword the last value counts."""
+    params, (x, y) = layers(), batch()
+    u = random_like(params, seed=2)
+    loss = CompositeLoss(network, cross_entropy)
+    inner = functools.partial(loss, x=x, y=jnp.roll(y, 1))
+    inner.name = "training"
+    outer = functools.partial(inner, y=y)
+    assert outer.func is inner
+    expected = gauss_newton(functools.partial(loss, x=x, y=y), params, u)
+    assert jax.tree.leaves(gauss_newton(outer, params, u)) == jax.tree.leaves(expected)
+
+
 def test_a_convex_loss_is_nonnegative_where_the_hessian_is_negative():
     params, (x, y) = layers(), batch()
     on_batch = functools.partial(CompositeLoss(network, cross_entropy), x=x, y=y)
