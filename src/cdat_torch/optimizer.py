@@ -385,9 +385,8 @@ class TunedOptimizer(Optimizer):
             if tentative:
                 tentative.undo()
             raise
-        if tentative:
-            tentative.conclude(decision.skip)
-        groups.move(locals_of(params), step, decision.rate, skip=decision.skip)
+        if not (tentative and tentative.conclude(decision.rate, skip=decision.skip)):
+            groups.move(locals_of(params), step, decision.rate, skip=decision.skip)
         self._conclude(value, decision)
         return value
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_torch.base_state import SavedState, copied
-from cdat_torch.direction import base_direction, steps_by_entry, steps_by_parameter
+from cdat_torch.direction import (
+    base_direction,
+    step_at,
+    steps_by_entry,
+    steps_by_parameter,
+    steps_in_proportion,
+)
 from cdat_torch.sharding import is_sharded
 
 _SMALL = 2**18
@@ -50,9 +56,11 @@ class HeldStep:
         """Put the state back."""
         self._saved.restore()
 
-    def conclude(self, skip: Tensor) -> None:
-        """Put the state back where `skip` holds."""
+    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
+        """Put the state back where `skip` holds; return False, since no parameter has moved."""
+        del rate
         self._saved.restore_where(skip)
+        return False
 
 
 class RehearsedStep:
@@ -90,16 +98,24 @@ class RehearsedStep:
     def undo(self) -> None:
         """Do nothing: the state is that from before the step."""
 
-    def conclude(self, skip: Tensor) -> None:
-        """Take the step except where `skip` holds, without waiting for a device if possible."""
+    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
+        """Take the step except where `skip` holds, without waiting for a device if possible.
+
+        Return whether the parameters have moved as well, at `rate`. Otherwise they are left to the
+        caller, and only the state has.
+        """
         known = skip.device.type == "cpu"
         if known and bool(skip):
-            return
+            return False
+        if known and steps_in_proportion(self._base):
+            step_at(self._base, float(rate))
+            return True
         for part in _parts(self._with_state):
             saved = None if known else SavedState(self._base, part)
             base_direction(self._base, part)
             if saved is not None:
                 saved.restore_where(skip)
+        return False
 
 
 class _Piece(NamedTuple):

@@ -334,9 +334,9 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         step, held = tentative.tentative_step(base, params), tentative.HeldStep(whole, twins)
-        rtol = 1e-12 if dtype is torch.float64 else 0
+        rtol = 1e-12 if dtype is torch.float64 else 2**-6  # fused kernels round weight decay less
         torch.testing.assert_close(step.direction, held.direction, rtol=rtol, atol=rtol)
-        step.conclude(torch.tensor(False))
+        step.conclude(torch.tensor(0.0), skip=torch.tensor(False))
     assert [{**group, "params": None} for group in base.param_groups] == settings
     assert [p for group in base.param_groups for p in group["params"]] == params
 

@@ -118,10 +118,11 @@ def test_on_an_accelerator_the_state_is_kept_or_not_without_reading_why(hooked: 
     base, bare = bases
     model(x).square().mean().backward()
     params = list(model.parameters())
-    tentative_step(base, params).conclude(torch.tensor(False))  # the step that creates the state
+    rate = torch.tensor(0.0)
+    tentative_step(base, params).conclude(rate, skip=torch.tensor(False))  # creates the state
     base_direction(bare, params)
     for skip in (False, True, False):
-        tentative_step(base, params).conclude(Unread(skip))  # type: ignore[arg-type]
+        tentative_step(base, params).conclude(rate, skip=Unread(skip))  # type: ignore[arg-type]
         if not skip:
             base_direction(bare, params)
         for p in params:
