@@ -122,14 +122,15 @@ def steps_by_entry(base: Optimizer) -> bool:
 def steps_in_proportion(base: Optimizer) -> bool:
     """Return whether `base` itself can step at a known rate without a look at the direction.
 
-    Its steps are then proportional to the learning rate and finite for finite gradients, only
-    trainable parameters have one, and the rate is read without waiting for a device.
+    Its steps are then proportional to the learning rate and finite for finite gradients, which it
+    does not write to; only trainable parameters have one; and the rate is read without waiting for
+    a device.
     """
     params = [p for group in base.param_groups for p in group["params"]]
     return (
         type(base) in _BY_ENTRY
         and type(base) is not torch.optim.Rprop
-        and all(group.get("eps", 1.0) > 0 for group in base.param_groups)
+        and all(g.get("eps", 1.0) > 0 and not g.get("nesterov") for g in base.param_groups)
         and all(p.device.type == "cpu" and (p.requires_grad or p.grad is None) for p in params)
     )
 

@@ -358,7 +358,9 @@ def test_steps_that_hold_the_rate_are_those_along_the_direction(
             tuned.param_groups[0]["lr"] = 1.0 / (1 + step)
             if step == 4:
                 params[1].grad = None
+            gradient = 4 * (params[0].detach() - 0.3) ** 3
             tuned.step(lambda: ((params[0] - 0.3) ** 4).sum())
+            torch.testing.assert_close(params[0].grad, gradient)
             assert (tuned.last.curvature is None) == bool(step % 3)
             assert tuned.param_groups[0]["lr"] == 1.0 / (1 + step)
         return [p.detach() for p in params]
