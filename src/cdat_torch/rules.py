@@ -160,7 +160,7 @@ class TunerRule:
             (slope,) = replicas.mean([evaluation.slope(along)])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
-            return Decision(torch.where(skip, torch.zeros_like(present), present), skip, slope)
+            return Decision(torch.where(skip, torch.zeros_like(present), present), skip)
 
         measured = {}
         if self.tracker is not None:  # first: the curvature frees the graph

@@ -13,8 +13,8 @@ class StepInfo(NamedTuple):
     Attributes
     ----------
     value, slope : Tensor or None
-        Loss and directional derivative <g, u>; slope is None if the step was skipped before it, and
-        may be where the step held its rate.
+        Loss and directional derivative <g, u>; slope is None if the step was skipped before it or
+        held its rate.
     curvature : Tensor or None
         Directional curvature <u, H u>; None if this step did not measure it.
     sharpness : Tensor or None
