@@ -114,7 +114,8 @@ def split(value_fn: Any) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree],
     TypeError
         If `value_fn` is anything else.
     """
-    composite, keywords = value_fn, {}
+    composite: Any = value_fn
+    keywords: dict[str, Any] = {}
     # Python makes one partial of nested ones, but not where the inner has attributes.
     while isinstance(composite, functools.partial) and not composite.args:
         composite, keywords = composite.func, {**composite.keywords, **keywords}
