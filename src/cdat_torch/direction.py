@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdat_torch import fused_adam
+
 _MUON = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()  # since PyTorch 2.9
 # Their step reads the parameters for weight decay only, which is added in closed form below.
 _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
@@ -37,13 +39,13 @@ _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
     torch.optim.Rprop,
     *_MUON,
 )
-_BY_ENTRY = tuple(kind for kind in _INDEPENDENT_OF_PARAMS if kind not in _MUON)
+_IN_PROPORTION = tuple(
+    kind for kind in _INDEPENDENT_OF_PARAMS if kind not in (torch.optim.Rprop, *_MUON)
+)
 _DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, *_MUON)
 
 
-def base_direction(
-    base: Optimizer, params: Sequence[Tensor], *, zeros: Sequence[Tensor] | None = None
-) -> list[Tensor]:
+def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     """Advance the state of `base` by one step and return the step it takes at learning rate 1.
 
     Parameters
@@ -52,8 +54,6 @@ def base_direction(
         Its averages move on; its parameters do not.
     params : sequence of Tensor
         The parameters to step on; each has its gradient in ``p.grad``.
-    zeros : sequence of Tensor, optional
-        Where to write the step, if it does not depend on the parameters.
 
     Returns
     -------
@@ -67,9 +67,7 @@ def base_direction(
     """
     exact = independent_of_params(base)
     limited = type(base) is torch.optim.Adafactor
-    if zeros is None:
-        zeros = [torch.zeros_like(p) if exact else p.detach().clone() for p in params]
-    stand_ins = dict(zip(params, zeros, strict=True))
+    stand_ins = {p: torch.zeros_like(p) if exact else p.detach().clone() for p in params}
     for group in base.param_groups:
         for p in group["params"]:
             if p in stand_ins:
@@ -114,11 +112,6 @@ def steps_by_parameter(base: Optimizer) -> bool:
     return independent_of_params(base) and not watched
 
 
-def steps_by_entry(base: Optimizer) -> bool:
-    """Return whether each entry of a parameter takes a step of its own, as in Adam."""
-    return type(base) in _BY_ENTRY
-
-
 def steps_in_proportion(base: Optimizer) -> bool:
     """Return whether `base` itself can step at a known rate without a look at the direction.
 
@@ -128,8 +121,7 @@ def steps_in_proportion(base: Optimizer) -> bool:
     """
     params = [p for group in base.param_groups for p in group["params"]]
     return (
-        type(base) in _BY_ENTRY
-        and type(base) is not torch.optim.Rprop
+        type(base) in _IN_PROPORTION
         and all(g.get("eps", 1.0) > 0 and not g.get("nesterov") for g in base.param_groups)
         and all(p.device.type == "cpu" and (p.requires_grad or p.grad is None) for p in params)
     )
@@ -141,7 +133,8 @@ def step_at(base: Optimizer, rate: float) -> None:
     try:
         for group in base.param_groups:
             group["lr"] = rate * float(group["lr"])
-        base.step()
+        with fused_adam.preferred(base):
+            base.step()
     finally:
         for group, multiplier in zip(base.param_groups, multipliers, strict=True):
             group["lr"] = multiplier

@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.replay.arithmetic import CHUNK, dot
+from cdat_torch.replay.arithmetic import dot
 from cdat_torch.replay.registry import Node, Pushed, Tangent, linear, rule
 
 
+_PART = 2**16
+"""Entries of which F'' is in memory at a time."""
+
+
 def elementwise(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register ``factor(node) -> f''(x)`` for the autograd nodes of these names."""
+    """Register ``factor(node) -> f''(x)`` for the autograd nodes of these names.
+
+    A constant that is common to all entries may come beside, as ``(constant, f''(x) / constant)``.
+    """
 
     def register(factor: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
@@ -50,17 +57,21 @@ class _Part:
 
 
 def _second_order(node: Node, dx: Tensor, factor: Callable[[Any], Any]) -> Tensor:
-    """Return <adjoint, f'' x'^2>, on a CPU by parts that stay in its cache."""
+    """Return <adjoint, f'' x'^2>, on a CPU by parts that about stay in its cache."""
     adjoint = node.adjoint
     if dx.device.type != "cpu" or not (dx.is_contiguous() and adjoint.is_contiguous()):
-        return dot(torch.mul(adjoint, dx).mul_(factor(node)), dx)
+        return _term(adjoint, dx, factor(node))
     adjoint, dx = adjoint.view(-1), dx.view(-1)
     part, terms = _Part(node), []
-    for start in range(0, max(1, dx.numel()), CHUNK):
-        part.entries = slice(start, start + CHUNK)
-        moved = dx[part.entries]
-        terms.append(dot(torch.mul(adjoint[part.entries], moved).mul_(factor(part)), moved))
+    for start in range(0, max(1, dx.numel()), _PART):
+        part.entries = slice(start, start + _PART)
+        terms.append(_term(adjoint[part.entries], dx[part.entries], factor(part)))
     return torch.stack(terms).sum(dtype=torch.float64)
+
+
+def _term(adjoint: Tensor, dx: Tensor, factor: Any) -> Tensor:
+    constant, second = factor if isinstance(factor, tuple) else (1.0, factor)
+    return dot(torch.mul(adjoint, dx).mul_(second), dx) * constant
 
 
 @linear(
@@ -190,13 +201,13 @@ def elu(node: Node) -> Tensor:
 
 
 @elementwise("GeluBackward0")
-def gelu(node: Node) -> Tensor:
+def gelu(node: Node) -> Any:
     """F'' = (2 - x^2) phi(x), with phi the normal density; of the tanh form its own."""
     x: Tensor = node.saved("self")
     if node.saved("approximate") == "none":
-        square, c = x * x, 1 / math.sqrt(2 * math.pi)
-        density = torch.mul(square, -0.5).exp_()
-        return density.mul_(square.mul_(-c).add_(2 * c))
+        exponent = torch.addcmul(x.new_zeros(()), x, x, value=-0.5)
+        density = exponent.exp()
+        return 2 / math.sqrt(2 * math.pi), density.addcmul_(density, exponent)
     # f = x (1 + t) / 2 with t = tanh k and k = c (x + d x^3); t' = k' s and s = 1 - t^2
     c, d = math.sqrt(2 / math.pi), 0.044715
     t = (c * (x + d * x**3)).tanh()

@@ -23,24 +23,62 @@ _ATEN = torch.ops.aten
 
 @rule("NativeLayerNormBackward0")
 def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """Each of the last dimensions together."""
-    mean, r = node.saved("result1"), node.saved("result2")
-    x = node.saved("input").to(mean.dtype)  # statistics of half precision are single
-    dx = None if dx is None else dx.to(mean.dtype)
-    weight, shape = node.saved("weight"), list(node.saved("normalized_shape"))
-    dims = tuple(range(-len(shape), 0))
+    """Each of the last dimensions together, as rows of a matrix."""
+    mean, r = (node.saved(name).reshape(-1, 1) for name in ("result1", "result2"))
+    width, precision = math.prod(node.saved("normalized_shape")), mean.dtype
+    weights = (node.saved("weight"), dw, db)  # statistics of half precision are single
+    w, dw, db = (None if t is None else t.reshape(width).to(precision) for t in weights)
+    x = node.saved("input").reshape(len(r), width).to(precision)
     normal = (x - mean).mul_(r)
-    second = moved = None
+    moved = second = None
     if dx is not None:
+        dx = dx.reshape(len(r), width).to(precision)
         # the Jacobian of x^ is symmetric, so backward's kernel gives x^'
         moved = _ATEN.native_layer_norm_backward(
-            dx.contiguous(), x, shape, mean, r, None, None, [True, False, False]
+            dx, x, [width], mean, r, None, None, [True, False, False]
         )[0]
         if not node.first_order:
-            adjoint = node.adjoint if weight is None else node.adjoint * weight
-            second = _second_order(normal, moved, dx, r, adjoint, dims)
-    y, mixed = _affine(node, normal, moved, weight, dw, db, node.adjoint)
-    return Pushed([y, None, None], _total(second, mixed))
+            adjoint = node.adjoint.reshape(len(r), width).to(precision)
+            second = _along_rows(normal, moved, dx, r.squeeze(1), adjoint, w, dw)
+    y = None if db is None else db.expand(len(r), width)
+    if dw is not None:
+        y = normal.mul_(dw) if y is None else torch.addcmul(y, normal, dw)
+    if moved is not None:
+        moved = moved if w is None else moved.mul_(w)
+        y = moved if y is None else y + moved
+    y = torch.zeros_like(x) if y is None else y
+    return Pushed([y.view(node.shape()).to(node.metadata().dtype), None, None], second)
+
+
+def _along_rows(
+    normal: Tensor,
+    moved: Tensor,
+    dx: Tensor,
+    r: Tensor,
+    adjoint: Tensor,
+    w: Tangent,
+    dw: Tangent,
+) -> Tensor:
+    """Return <adjoint, w x^'' + 2 w' x^'>, given x^, x^' and x'.
+
+    As r c' = x^' - q x^, and <x^, c'> = <x^, x'>, no c' need be formed:
+    x^'' = 2 q x^' + (q^2 - r^2 mean(c'^2)) x^.
+    """
+    number = normal.shape[1]
+    q = torch.linalg.vecdot(normal, dx) * r / -number
+    squares = torch.linalg.vector_norm(moved, dim=1) ** 2
+    normal_squares = torch.linalg.vector_norm(normal, dim=1) ** 2
+    variance = squares / number + q * q * (2 - normal_squares / number)  # of r x'
+    with_normal, with_moved = adjoint * normal, adjoint * moved
+    second = dot(_weighted(with_moved, w), 2 * q) + dot(_weighted(with_normal, w), q * q - variance)
+    if dw is not None:
+        second = second + 2 * (with_moved @ dw).sum(dtype=torch.float64)
+    return second
+
+
+def _weighted(t: Tensor, w: Tangent) -> Tensor:
+    """Return the sums of rows, weighted."""
+    return t.sum(1) if w is None else t @ w
 
 
 @rule("NativeGroupNormBackward0")

@@ -57,8 +57,8 @@ class Recording:
     def __init__(
         self, loss: Tensor, variables: Sequence[Tensor], outputs: Sequence[Tensor] | None = None
     ) -> None:
-        if any(v.is_complex() or is_sharded(v) for v in variables):
-            msg = "parameters are complex or sharded"
+        if any(v.is_complex() or is_sharded(v) or not v.is_leaf for v in variables):
+            msg = "parameters are complex, sharded or results of other operations"
             raise Unsupported(msg)
         self._graph = Graph(loss, variables, outputs)
         self._variables = list(variables)
