@@ -15,7 +15,6 @@ from torch import Tensor
 from cdat_torch.replay.arithmetic import dot
 from cdat_torch.replay.registry import Node, Pushed, Tangent, linear, rule
 
-
 _PART = 2**16
 """Entries of which F'' is in memory at a time."""
 

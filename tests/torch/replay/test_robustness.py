@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdat_torch import CDAT, measure
-from cdat_torch.replay import Recording, fallback, recording
+from cdat_torch.replay import Recording, Unsupported, fallback, recording
 from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
 from tests.torch.models import mlp, parameters, random_like
 from tests.torch.replay.harness import replay, vdot
@@ -146,6 +146,49 @@ def test_half_precision_is_as_exact_as_double_backward() -> None:
             found = measure(half, params, u, curvature=way).curvature
             errors.append((found - expected) / scale)
     assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "grouped"])
+def test_fused_attention_in_half_precision_is_as_exact_as_double_backward(
+    dtype: torch.dtype, kind: str
+) -> None:
+    """Which runs the kernel of single operations."""
+    heads = 1 if kind == "grouped" else 2
+    x = torch.randn(3, 10, 16).to(dtype)
+    mask = torch.randn(10, 10).to(dtype)
+
+    def loss_of(w: Tensor) -> Tensor:
+        mixed = (x.to(w) @ w).reshape(3, 10, 2 + 2 * heads, 8).transpose(1, 2)
+        q, k, v = mixed.split([2, heads, heads], 1)
+        bias = mask.to(w) if kind == "mask" else None
+        y = F.scaled_dot_product_attention(
+            q, k, v, bias, is_causal=kind == "causal", enable_gqa=kind == "grouped"
+        )
+        return y.to(torch.promote_types(w.dtype, torch.float32)).square().mean()
+
+    ours, theirs = [], []
+    for _ in range(8):
+        w, u = (torch.randn(16, 16 + 16 * heads).to(dtype) for _ in range(2))
+        true = w.double().requires_grad_()
+        expected = measure(lambda: loss_of(true), [true], [u.double()], curvature="hessian")  # noqa: B023
+        w.requires_grad_()
+        for errors, way in ((ours, "replay"), (theirs, "hessian")):
+            found = measure(lambda: loss_of(w), [w], [u], curvature=way)  # noqa: B023
+            errors.append((found.curvature - expected.curvature) / u.double().square().sum())
+    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+
+
+def test_parameters_that_are_results_are_left_to_double_backward() -> None:
+    """A replay would follow the graph below them."""
+    v = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    w, x = v.exp(), torch.randn(5, 4, dtype=torch.float64)
+    loss = lambda: (x @ w).tanh().square().sum()
+    u = torch.randn_like(w)
+    with pytest.raises(Unsupported, match="results of other operations"):
+        measure(loss, [w], [u], curvature="replay")
+    found, true = (measure(loss, [w], [u], curvature=way) for way in ("auto", "hessian"))
+    torch.testing.assert_close(found.curvature, true.curvature)
 
 
 def test_ctrl_c_in_backward_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
