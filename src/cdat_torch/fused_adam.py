@@ -40,15 +40,11 @@ def _suits(p: Tensor, state: dict[str, Any]) -> bool:
     return (
         p.device.type == "cpu"
         and p.dtype in (torch.float32, torch.float64)
-        and all(_in_order(t) for t in (p, p.grad, *state.values()))
+        and not is_sharded(p)
+        and p.is_contiguous()
+        and (p.grad is None or (p.grad.layout is torch.strided and p.grad.is_contiguous()))
+        and all(not isinstance(t, Tensor) or t.is_contiguous() for t in state.values())
     )
-
-
-def _in_order(t: Any) -> bool:
-    """Return whether the entries of a tensor lie side by side; True of all else."""
-    if not isinstance(t, Tensor):
-        return True
-    return t.layout is torch.strided and t.is_contiguous() and not is_sharded(t)
 
 
 @contextmanager

@@ -38,24 +38,31 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def add_scaled(x: Tensor, factor: Tensor, y: Tensor) -> Tensor:
-    """Return ``x + factor * y`` for a 0-d factor, without waiting for a device."""
-    if factor.device.type == "cpu":
-        return torch.add(x, y, alpha=float(factor))
-    return torch.addcmul(x, y, factor.to(x.dtype))
+def add_scaled(x: Tensor, factor: Tensor | float, y: Tensor) -> Tensor:
+    """Return ``x + factor * y``, without waiting for a device; for its factors, see `balance`."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(x, y, factor.to(x.dtype))
+    return torch.add(x, y, alpha=factor)
 
 
-def balance(x: Tensor, tangent: Tensor) -> Tensor:
-    """Return about the length of `x` over that of its tangent, 0-d, finite and positive."""
-    ratio = _length(x) / _length(tangent)
-    usable = torch.isfinite(ratio) & (ratio > 0)
-    return torch.where(usable, ratio, torch.ones_like(ratio))
+def balance(x: Tensor, tangent: Tensor) -> Tensor | float:
+    """Return about the length of `x` over that of its tangent, finite and positive.
+
+    That is a number where reading it costs nothing, and else a 0-d tensor.
+    """
+    if x.device.type == "cpu":
+        length, other = float(_length(x)), float(_length(tangent))
+        ratio = length / other if other else 0.0
+        return ratio if 0 < ratio < math.inf else 1.0
+    quotient = _length(x) / _length(tangent)
+    usable = torch.isfinite(quotient) & (quotient > 0)
+    return torch.where(usable, quotient, torch.ones_like(quotient))
 
 
 def _length(t: Tensor) -> Tensor:
-    flat = (t if t.is_contiguous() else t.reshape(-1)).reshape(-1)
-    sample: Tensor = flat[:: max(1, math.ceil(flat.numel() / 4096))]
-    norm: Tensor = torch.linalg.vector_norm(
-        sample, dtype=torch.promote_types(t.dtype, torch.float32)
-    )
-    return norm
+    """Return about the root mean square, from a sample."""
+    step = max(1, t.numel() // 4096)
+    sample = t.reshape(-1)[::step] if t.is_contiguous() else t[::step]
+    wide = torch.float32 if t.dtype in HALF else t.dtype
+    norm: Tensor = torch.linalg.vector_norm(sample, dtype=wide)
+    return norm / math.sqrt(max(1, sample.numel()))

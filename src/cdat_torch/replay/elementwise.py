@@ -70,7 +70,8 @@ def _second_order(node: Node, dx: Tensor, factor: Callable[[Any], Any]) -> Tenso
 
 def _term(adjoint: Tensor, dx: Tensor, factor: Any) -> Tensor:
     constant, second = factor if isinstance(factor, tuple) else (1.0, factor)
-    return dot(torch.mul(adjoint, dx).mul_(second), dx) * constant
+    term: Tensor = dot(torch.mul(adjoint, dx).mul_(second), dx) * constant
+    return term
 
 
 @linear(

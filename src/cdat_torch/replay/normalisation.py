@@ -65,12 +65,14 @@ def _along_rows(
     x^'' = 2 q x^' + (q^2 - r^2 mean(c'^2)) x^.
     """
     number = normal.shape[1]
-    q = torch.linalg.vecdot(normal, dx) * r / -number
-    squares = torch.linalg.vector_norm(moved, dim=1) ** 2
-    normal_squares = torch.linalg.vector_norm(normal, dim=1) ** 2
-    variance = squares / number + q * q * (2 - normal_squares / number)  # of r x'
+    q = torch.linalg.vecdot(normal, dx).mul_(r).div_(-number)
+    moved_squares, normal_squares = (
+        torch.linalg.vector_norm(t, dim=1).square_() for t in (moved, normal)
+    )
+    # number times r^2 mean(c'^2) - q^2
+    rest = torch.addcmul(moved_squares, q.square(), number - normal_squares)
     with_normal, with_moved = adjoint * normal, adjoint * moved
-    second = dot(_weighted(with_moved, w), 2 * q) + dot(_weighted(with_normal, w), q * q - variance)
+    second = 2 * dot(_weighted(with_moved, w), q) - dot(_weighted(with_normal, w), rest) / number
     if dw is not None:
         second = second + 2 * (with_moved @ dw).sum(dtype=torch.float64)
     return second

@@ -44,17 +44,20 @@ class Node:
         By position, those derivatives with respect to inputs that the rule asked for.
     inner_products : dict
         Inner products that are known already, by the memory of their factors.
+    edges : sequence of Edge
+        The inputs.
     first_order : bool
         Whether the operation counts as linear, as the model does for the Gauss-Newton curvature:
         the second-order term is not wanted, and nothing of the backward pass is kept.
     """
 
     __slots__ = (
-        "_node", "_versions", "adjoints", "first_order", "gradients", "inner_products",
+        "_node", "_versions", "adjoints", "edges", "first_order", "gradients", "inner_products",
     )  # fmt: skip
 
     def __init__(self, node: Any) -> None:
         self._node = node
+        self.edges: Sequence[Edge] = node.next_functions
         self.adjoints: tuple[Tensor | None, ...] = ()
         self.gradients: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
@@ -65,12 +68,6 @@ class Node:
     def autograd(self) -> Any:
         """The node of PyTorch."""
         return self._node
-
-    @property
-    def edges(self) -> Sequence[Edge]:
-        """The inputs."""
-        edges: Sequence[Edge] = self._node.next_functions
-        return edges
 
     @property
     def name(self) -> str:
