@@ -31,15 +31,18 @@ from cdat_torch.direction import base_direction
 LR = 1e-3
 
 
-def adam(task: Task) -> Step:
-    optimizer = torch.optim.Adam(task.params(), lr=LR)
+def adam(**options: Any) -> Callable[[Task], Step]:
+    def make(task: Task) -> Step:
+        optimizer = torch.optim.Adam(task.params(), lr=LR, **options)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        task.loss().backward()
-        optimizer.step()
+        def step() -> None:
+            optimizer.zero_grad()
+            task.loss().backward()
+            optimizer.step()
 
-    return step
+        return step
+
+    return make
 
 
 def rule() -> Any:
@@ -219,7 +222,8 @@ class Contender(NamedTuple):
 
 
 CONTENDERS: dict[str, Contender] = {
-    REFERENCE: Contender(adam),
+    REFERENCE: Contender(adam()),
+    "Adam, `fused=True`": Contender(adam(fused=True)),
     "CDAT": Contender(cdat()),
     "CDAT, `every=10`": Contender(cdat(every=PERIOD), PERIOD),
     "CDAT, `hessian`": Contender(cdat(curvature="hessian")),
