@@ -1,6 +1,6 @@
 """Adam and AdamW on a CPU by PyTorch's fused kernel, which takes a third of the time.
 
-Its moments are those of the default bit for bit; its steps differ from them by rounding.
+Its moments and steps differ from those of the default by rounding.
 """
 
 from __future__ import annotations
@@ -42,17 +42,25 @@ def _suits(p: Tensor, state: dict[str, Any]) -> bool:
         and p.dtype in (torch.float32, torch.float64)
         and not is_sharded(p)
         and p.is_contiguous()
-        and (p.grad is None or (p.grad.layout is torch.strided and p.grad.is_contiguous()))
+        and (p.grad is None or _is_like(p.grad, p))
         and all(not isinstance(t, Tensor) or t.is_contiguous() for t in state.values())
     )
 
 
+def _is_like(g: Tensor, p: Tensor) -> bool:
+    return g.layout is torch.strided and g.is_contiguous() and g.dtype == p.dtype
+
+
 @contextmanager
 def preferred(base: Optimizer) -> Iterator[None]:
-    """Let `base` step by the kernel in those groups that leave the implementation open."""
+    """Let `base` step by the kernel in those groups that leave the implementation open.
+
+    The first step of a parameter creates its state, in types that depend on the implementation:
+    that is left to the base as it was built.
+    """
     groups = base.param_groups if has_kernel(base) else []
-    fresh = any(p.grad is not None and p not in base.state for g in groups for p in g["params"])
-    changed = [] if fresh else [g for g in groups if g["fused"] is None and g["foreach"] is None]
+    first = any(p.grad is not None and p not in base.state for g in groups for p in g["params"])
+    changed = [] if first else [g for g in groups if g["fused"] is None and g["foreach"] is None]
     for group in changed:
         group["fused"] = True
     try:
