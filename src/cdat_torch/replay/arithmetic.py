@@ -20,25 +20,22 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != b.dtype or a.dtype in HALF:
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         a, b = a.to(wide), b.to(wide)
-    a, b = _in_order(a, b)
-    if not (a.is_contiguous() and b.is_contiguous()):
-        return torch.mul(a, b).sum(dtype=torch.float64)
-    a, b = a.view(-1), b.view(-1)
+    a, b = _alike(a, b)
     if a.numel() <= CHUNK or a.dtype == torch.float64 or a.device.type != "cpu":
         return torch.dot(a, b)
     parts = zip(torch.split(a, CHUNK), torch.split(b, CHUNK), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in parts]).sum(dtype=torch.float64)
 
 
-def _in_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both with dimensions in the order of their strides, if it is the same."""
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both flattened in the same order, without a copy if they are laid out alike."""
     if a.dim() > 1 and not a.is_contiguous() and a.stride() == b.stride():
         strides = a.stride()
         order = sorted(range(a.dim()), key=lambda i: -strides[i])
         a, b = a.permute(order), b.permute(order)
     elif a.dim() == 2 and not b.is_contiguous() and b.t().is_contiguous():
         a, b = a.t(), b.t()
-    return a, b
+    return a.reshape(-1), b.reshape(-1)
 
 
 def add_scaled(x: Tensor, factor: Tensor | float, y: Tensor) -> Tensor:
