@@ -60,9 +60,13 @@ def balance(x: Tensor, tangent: Tensor) -> Tensor | float:
 
 
 def _length(t: Tensor) -> Tensor:
-    """Return about the root mean square, from a sample."""
-    step = max(1, t.numel() // 4096)
-    sample = t.reshape(-1)[::step] if t.is_contiguous() else t[::step]
+    """Return about the root mean square, from a sample of all rows as far as possible."""
+    step, index = max(1, t.numel() // 4096), []
+    for size in reversed(t.shape):
+        skip = max(1, min(step, size))
+        index.append(slice(None, None, skip))
+        step = math.ceil(step / skip)
+    sample = t[tuple(reversed(index))]
     wide = torch.float32 if t.dtype in HALF else t.dtype
     norm: Tensor = torch.linalg.vector_norm(sample, dtype=wide)
     return norm / math.sqrt(max(1, sample.numel()))

@@ -32,7 +32,7 @@ def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     normal = (x - mean).mul_(r)
     moved = second = None
     if dx is not None:
-        dx = dx.reshape(len(r), width).to(precision)
+        dx = dx.reshape(len(r), width).to(precision).contiguous()
         # the Jacobian of x^ is symmetric, so backward's kernel gives x^'
         moved = _ATEN.native_layer_norm_backward(
             dx, x, [width], mean, r, None, None, [True, False, False]
