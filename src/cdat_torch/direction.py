@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch import fused_adam
-
 _MUON = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()  # since PyTorch 2.9
 # Their step reads the parameters for weight decay only, which is added in closed form below.
 _INDEPENDENT_OF_PARAMS: tuple[type[Optimizer], ...] = (
@@ -90,7 +88,7 @@ def base_direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
                     stand_ins[p].sub_(p)
                 if limited:  # to min(lr, 1 / sqrt(step)), which is the latter for lr = 1
                     stand_ins[p].mul_(float(base.state[p]["step"]) ** 0.5)
-                if (exact or limited) and _decouples_decay(base, group):
+                if (exact or limited) and decouples_decay(base, group):
                     stand_ins[p].add_(p, alpha=-group["weight_decay"])
     for stand_in in stand_ins.values():
         stand_in.grad = None
@@ -127,19 +125,6 @@ def steps_in_proportion(base: Optimizer) -> bool:
     )
 
 
-def step_at(base: Optimizer, rate: float) -> None:
-    """Let `base` step at `rate` times the ``lr`` of each group, which is a multiplier."""
-    multipliers = [group["lr"] for group in base.param_groups]
-    try:
-        for group in base.param_groups:
-            group["lr"] = rate * float(group["lr"])
-        with fused_adam.preferred(base):
-            base.step()
-    finally:
-        for group, multiplier in zip(base.param_groups, multipliers, strict=True):
-            group["lr"] = multiplier
-
-
 @contextmanager
 def _stepping_on(
     base: Optimizer, stand_ins: dict[Tensor, Tensor], *, without_decay: bool
@@ -167,7 +152,7 @@ def _rename_state(base: Optimizer, names: dict[Tensor, Tensor]) -> None:
             base.state[new] = base.state.pop(old)
 
 
-def _decouples_decay(base: Optimizer, group: dict[str, Any]) -> bool:
+def decouples_decay(base: Optimizer, group: dict[str, Any]) -> bool:
     """Return whether weight decay acts on the parameters themselves, not through the gradient."""
     return isinstance(base, _DECOUPLED) or bool(group.get("decoupled_weight_decay"))
 
@@ -181,7 +166,7 @@ def _gradient_for(base: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor |
         return None
     exact = type(base) in _INDEPENDENT_OF_PARAMS
     decay = group.get("weight_decay", 0.0)
-    if exact and decay and not _decouples_decay(base, group):
+    if exact and decay and not decouples_decay(base, group):
         return torch.add(p.grad, p.detach(), alpha=-decay if group.get("maximize") else decay)
     # The foreach implementation of Nesterov's momentum adds the momentum to the gradient itself.
     return p.grad if exact and not group.get("nesterov") else p.grad.clone()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdat_torch.direction import decouples_decay
 from cdat_torch.sharding import is_sharded
 
 _SIZE = 2**18
@@ -146,7 +147,7 @@ def _step(
                 part.zero_()
         moments.append(list(parts))
     decay, maximize = group["weight_decay"], group["maximize"]
-    decoupled = type(base) is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
+    decoupled = decouples_decay(base, group)
     at = [piece.here(piece.param.detach()) for piece in pieces] if decay else []
     grads = [piece.here(piece.param.grad) for piece in pieces]  # type: ignore[arg-type]
     if decay and not decoupled:

@@ -13,12 +13,13 @@ from cdat_core import Measurement, _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.checkpoint import SavedTuner, restore
-from cdat_torch.direction import step_at, steps_in_proportion
+from cdat_torch.direction import steps_in_proportion
 from cdat_torch.distributed import Replicas
 from cdat_torch.losses import ClosureLoss, StepLoss
 from cdat_torch.methods import ways_named, ways_with_product
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.step_info import StepInfo
+from cdat_torch.tentative import step_at
 from cdat_torch.tracking import SharpnessTracker
 from cdat_torch.trial import evaluate_trial
 

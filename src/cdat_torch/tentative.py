@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from cdat_torch import fused_adam
 from cdat_torch.base_state import SavedState, copied
-from cdat_torch.direction import base_direction, step_at, steps_by_parameter, steps_in_proportion
+from cdat_torch.direction import base_direction, steps_by_parameter, steps_in_proportion
 
 _SMALL = 2**18
 """Numbers below which a division of the parameters saves little."""
@@ -95,6 +95,19 @@ class RehearsedStep:
             if saved is not None:
                 saved.restore_where(skip)
         return False
+
+
+def step_at(base: Optimizer, rate: float) -> None:
+    """Let `base` step at `rate` times the ``lr`` of each group, which is a multiplier."""
+    multipliers = [group["lr"] for group in base.param_groups]
+    try:
+        for group in base.param_groups:
+            group["lr"] = rate * float(group["lr"])
+        with fused_adam.preferred(base):
+            base.step()
+    finally:
+        for group, multiplier in zip(base.param_groups, multipliers, strict=True):
+            group["lr"] = multiplier
 
 
 def _parts(params: Sequence[Tensor]) -> list[list[Tensor]]:

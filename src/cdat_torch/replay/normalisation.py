@@ -88,9 +88,10 @@ def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     """The channels of a group together."""
     x = node.saved("input")
     groups, size, channels = node.saved("group"), x.shape[0], x.shape[1]
+    precision = node.saved("result1").dtype  # single for half precision
 
     def by_group(t: Tensor) -> Tensor:
-        return t.reshape(size, groups, -1)
+        return t.reshape(size * groups, -1).to(precision)
 
     def by_channel(t: Tangent) -> Tangent:
         return None if t is None else t.view(1, channels, *[1] * (x.dim() - 2))
@@ -104,30 +105,12 @@ def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         q = -(normal * dc).mean(-1, keepdim=True) * r
         moved = torch.addcmul(r * dc, q, normal)
         weighted = by_group(adjoint if weight is None else adjoint * weight)
-        second = _second_order(normal, moved, by_group(dx), r, weighted, (-1,))
+        second = _along_rows(normal, moved, by_group(dx), r.squeeze(1), weighted, None, None)
         moved = moved.view_as(x)
     y, mixed = _affine(
         node, normal.view_as(x), moved, weight, by_channel(dw), by_channel(db), adjoint
     )
     return Pushed([y, None, None], _total(second, mixed))
-
-
-def _second_order(
-    normal: Tensor, moved: Tensor, dx: Tensor, r: Tensor, adjoint: Tensor, dims: tuple[int, ...]
-) -> Tensor:
-    """Return <adjoint, x^''>, given x^, x^' and x'; sums over what is normalised together first."""
-    number = math.prod(normal.shape[d] for d in dims)
-    buffer = torch.empty_like(normal)
-
-    def inner(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mul(a, b, out=buffer).sum(dims, keepdim=True)
-
-    q = inner(normal, dx) * r / -number
-    mean = dx.sum(dims, keepdim=True) / number
-    centred = torch.sub(dx, mean)
-    ratio = 3 * q * q - r * r * inner(centred, centred) / number
-    with_normal = inner(adjoint, normal)
-    return dot(inner(adjoint, moved) - q * with_normal, 2 * q) + dot(with_normal, ratio)
 
 
 def _affine(
