@@ -26,7 +26,7 @@ from turns import PERIOD, REFERENCE, WARM_UP, Step, parser, time_ratios
 
 import cdat_torch
 from cdat_core import Measurement, tuners
-from cdat_torch.direction import base_direction
+from cdat_torch.base.direction import base_direction
 
 LR = 1e-3
 

@@ -5,23 +5,23 @@ vectors. It needs nothing but the array API: importing it loads no array framewo
 """
 
 from cdat_core import dynamics, linesearch, testing, tuners
-from cdat_core._types import HessianVectorProduct, InnerProductSpace, Measurement
-from cdat_core.curvature import (
+from cdat_core._curvature import (
     directional_curvature,
     finite_difference_hvp,
     measure,
     preconditioned,
 )
-from cdat_core.density import SpectralDensity, spectral_density
-from cdat_core.eigenvalues import (
+from cdat_core._density import SpectralDensity, spectral_density
+from cdat_core._eigenvalues import (
     PowerIterationState,
     TopEigenvalues,
     power_iteration,
     top_eigenvalues,
 )
-from cdat_core.krylov import LanczosResult, lanczos
-from cdat_core.spaces import ArraySpace, TupleSpace
-from cdat_core.trace import TraceEstimate, hutchinson_trace, hutchpp_trace
+from cdat_core._krylov import LanczosResult, lanczos
+from cdat_core._spaces import ArraySpace, TupleSpace
+from cdat_core._trace import TraceEstimate, hutchinson_trace, hutchpp_trace
+from cdat_core._types import HessianVectorProduct, InnerProductSpace, Measurement
 
 __all__ = [
     "ArraySpace",

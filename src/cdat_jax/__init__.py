@@ -7,14 +7,14 @@ except ImportError as error:
     msg = f'cdat_jax needs JAX and Optax ({error}); install them with: pip install "cdat[jax]"'
     raise ImportError(msg) from error
 
-from cdat_jax.accumulation import accumulate
-from cdat_jax.composite import CompositeLoss
-from cdat_jax.curvature import hvp, measure
-from cdat_jax.preconditioner import adam_inverse_sqrt
-from cdat_jax.spaces import TreeSpace
-from cdat_jax.spectrum import sharpness, spectral_density, top_eigenvalues, trace
-from cdat_jax.transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
-from cdat_jax.wrapper import CDATState, TunedState, cdat, tuned
+from cdat_jax._accumulation import accumulate
+from cdat_jax._composite import CompositeLoss
+from cdat_jax._curvature import hvp, measure
+from cdat_jax._preconditioner import adam_inverse_sqrt
+from cdat_jax._spaces import TreeSpace
+from cdat_jax._spectrum import sharpness, spectral_density, top_eigenvalues, trace
+from cdat_jax._transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
+from cdat_jax._wrapper import CDATState, TunedState, cdat, tuned
 
 __all__ = [
     "CDATState",

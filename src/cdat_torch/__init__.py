@@ -7,13 +7,13 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from cdat_torch.cdat import CDAT
-from cdat_torch.curvature import hvp, measure
-from cdat_torch.differentiability import further_differentiable
-from cdat_torch.gauss_newton import CompositeLoss
+from cdat_torch.curvature.gauss_newton import CompositeLoss
+from cdat_torch.curvature.measure import hvp, measure
+from cdat_torch.kernels import further_differentiable
 from cdat_torch.optimizer import TunedOptimizer
 from cdat_torch.spaces import TensorListSpace
-from cdat_torch.spectrum import sharpness, spectral_density, top_eigenvalues, trace
-from cdat_torch.step_info import StepInfo
+from cdat_torch.spectrum.spectrum import sharpness, spectral_density, top_eigenvalues, trace
+from cdat_torch.step.info import StepInfo
 
 __all__ = [
     "CDAT",

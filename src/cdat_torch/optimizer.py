@@ -1,8 +1,8 @@
 """Wrapping any ``torch.optim`` optimizer with a tuned learning rate.
 
 One step: the closure or `backward` gives loss and gradient, the base optimizer the direction u,
-`cdat_torch.losses` the measurement along it, the core tuner the rate, and the parameters move
-by rate times multiplier times u.
+`cdat_torch.step.evaluation` the measurement along it, the core tuner the rate, and the parameters
+move by rate times multiplier times u.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from torch.optim import Optimizer
 from cdat_core import _validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_torch import checkpoint, groups
-from cdat_torch.closure import all_finite, closure_loss
-from cdat_torch.direction import base_direction
-from cdat_torch.distributed import Replicas
-from cdat_torch.fully_sharded import refuse_gauss_newton, release
+from cdat_torch.base import groups
+from cdat_torch.base.direction import base_direction
+from cdat_torch.base.rehearsal import tentative_step
+from cdat_torch.distributed.dtensor import locals_of
+from cdat_torch.distributed.fsdp import refuse_gauss_newton, release
+from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.interrupts import held
-from cdat_torch.losses import ClosureLoss, MicroBatches, PlainGradient, StepLoss
-from cdat_torch.reevaluation import Trace, undone_on_error
-from cdat_torch.rules import Decision, SearchRule, TunerRule, rule
-from cdat_torch.sharding import locals_of
-from cdat_torch.skips import SkipCount
+from cdat_torch.side_effects import Trace, undone_on_error
 from cdat_torch.spaces import scalar_dtype
-from cdat_torch.step_info import StepInfo
-from cdat_torch.tentative import tentative_step
-from cdat_torch.tracking import SharpnessTracker
+from cdat_torch.step import checkpoint
+from cdat_torch.step.closure import all_finite, closure_loss
+from cdat_torch.step.evaluation import ClosureLoss, MicroBatches, PlainGradient, StepLoss
+from cdat_torch.step.info import StepInfo
+from cdat_torch.step.rate import Decision, SearchRule, TunerRule, rule
+from cdat_torch.step.sharpness import SharpnessTracker
+from cdat_torch.step.skips import SkipCount
 
 
 class TunedOptimizer(Optimizer):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.sharding import laid_out_like, local, settled, sum_over_shards
+from cdat_torch.distributed.dtensor import laid_out_like, local, settled, sum_over_shards
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from cdat_core import ArraySpace, TupleSpace, spectral_density
-from cdat_core.density import _wasserstein
+from cdat_core._density import _wasserstein
 
 SPACE = ArraySpace()
 

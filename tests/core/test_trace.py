@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cdat_core import ArraySpace, TupleSpace, hutchinson_trace, hutchpp_trace
-from cdat_core.trace import _range_basis
+from cdat_core._trace import _range_basis
 
 SPACE = ArraySpace()
 

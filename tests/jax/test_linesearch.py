@@ -8,7 +8,7 @@ import pytest
 
 from cdat_core import Measurement, linesearch
 from cdat_jax import scale_by_tuner
-from cdat_jax.slope import value_and_slope
+from cdat_jax._slope import value_and_slope
 from tests.jax.problems import factors, flat, random_like, stepper, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "debug_nans")

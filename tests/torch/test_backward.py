@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
-from cdat_torch.replay import recording, registry
+from cdat_torch.curvature.replay import recording, registry
 from tests.torch.models import mlp
 
 BASES = {

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from cdat_core import tuners
-from cdat_torch import CDAT, TunedOptimizer, fused_adam, rules, tentative
-from cdat_torch.direction import base_direction
+from cdat_torch import CDAT, TunedOptimizer
+from cdat_torch.base import fused_adam, rehearsal
+from cdat_torch.base.direction import base_direction
+from cdat_torch.step import rate
 from tests.torch.models import mlp
 
 STEPS = 10
@@ -278,7 +280,7 @@ def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     Where Adam leaves its implementation open, all counting steps but the first are those of the
     fused kernel.
     """
-    monkeypatch.setattr(tentative, "_SMALL", 5)
+    monkeypatch.setattr(rehearsal, "_SMALL", 5)
     monkeypatch.setattr(fused_adam, "_SIZE", 5)
     adam = c in (torch.optim.Adam, torch.optim.AdamW)
     left_open = adam and not {"fused", "foreach"} & set(chosen) and not hooked
@@ -331,7 +333,7 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     """Also of parameters that are not in the order of the memory, and with fused kernels."""
     if c is torch.optim.SGD and chosen.get("fused") and dtype is torch.bfloat16:
         pytest.skip("on a CPU PyTorch's fused SGD does not move 16 numbers in bfloat16, but 15")
-    monkeypatch.setattr(tentative, "_SMALL", 5)
+    monkeypatch.setattr(rehearsal, "_SMALL", 5)
     monkeypatch.setattr(fused_adam, "_SIZE", 5)
     shapes = ((3, 4), (2, 3), (4, 4))
     params = [torch.randn(*shape, dtype=dtype) for shape in shapes]
@@ -343,7 +345,7 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        step, held = tentative.tentative_step(base, params), tentative.HeldStep(whole, twins)
+        step, held = rehearsal.tentative_step(base, params), rehearsal.HeldStep(whole, twins)
         rtol = 1e-12 if dtype is torch.float64 else 2**-6  # fused kernels round weight decay less
         torch.testing.assert_close(step.direction, held.direction, rtol=rtol, atol=rtol)
         step.conclude(torch.tensor(0.0), skip=torch.tensor(False))
@@ -376,7 +378,7 @@ def test_steps_that_hold_the_rate_are_those_along_the_direction(
         return [p.detach() for p in params]
 
     found = trained()
-    monkeypatch.setattr(rules, "steps_in_proportion", lambda base: False)
+    monkeypatch.setattr(rate, "steps_in_proportion", lambda base: False)
     torch.testing.assert_close(found, trained(), rtol=1e-12, atol=1e-14)
 
 

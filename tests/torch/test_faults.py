@@ -14,8 +14,8 @@ import torch
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
-from cdat_torch.direction import base_direction
-from cdat_torch.tentative import tentative_step
+from cdat_torch.base.direction import base_direction
+from cdat_torch.base.rehearsal import tentative_step
 from tests.torch.models import NanCurvature, mlp
 
 

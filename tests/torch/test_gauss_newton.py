@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from cdat_torch import CompositeLoss, measure
-from cdat_torch.differentiability import say_once
+from cdat_torch.kernels import say_once
 from tests.torch.models import CLASSES, WIDTH, Classifier, flat, mlp, parameters, random_like
 
 LENGTH, BATCH = 5, 4
@@ -52,7 +52,7 @@ def dense_gauss_newton(
 @pytest.fixture(autouse=True, params=[True, False], ids=["replay", "forward mode"])
 def replayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With a PyTorch that the replay was not tested with, a forward-mode pass takes over."""
-    monkeypatch.setattr("cdat_torch.methods.IS_TESTED", request.param)
+    monkeypatch.setattr("cdat_torch.curvature.methods.IS_TESTED", request.param)
     return bool(request.param)
 
 

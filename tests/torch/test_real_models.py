@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cdat_core import tuners
 from cdat_torch import CompositeLoss, TunedOptimizer, measure
-from cdat_torch.differentiability import say_once
-from cdat_torch.reevaluation import moved, random_state, without_trace
+from cdat_torch.kernels import say_once
+from cdat_torch.side_effects import moved, random_state, without_trace
 from tests.torch.models import (
     CLASSES,
     WIDTH,

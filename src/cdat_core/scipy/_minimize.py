@@ -11,12 +11,12 @@ import scipy.optimize
 from numpy.typing import ArrayLike
 
 from cdat_core import _validation
+from cdat_core._curvature import directional_curvature
+from cdat_core._eigenvalues import TopEigenvalues, top_eigenvalues
+from cdat_core._spaces import ArraySpace
 from cdat_core._types import Measurement
-from cdat_core.curvature import directional_curvature
-from cdat_core.eigenvalues import TopEigenvalues, top_eigenvalues
 from cdat_core.linesearch import LineSearch
 from cdat_core.scipy._problem import Problem, Vector, start_vector
-from cdat_core.spaces import ArraySpace
 from cdat_core.tuners import Tuner
 
 _SPACE = ArraySpace()

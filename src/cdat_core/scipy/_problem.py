@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cdat_core._curvature import finite_difference_hvp
+from cdat_core._spaces import ArraySpace
 from cdat_core._types import HessianVectorProduct
-from cdat_core.curvature import finite_difference_hvp
-from cdat_core.spaces import ArraySpace
 
 Vector = NDArray[np.floating[Any]]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cdat_core._arrays import namespace, sqrt_nonnegative
+from cdat_core._curvature import directional_curvature
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
-from cdat_core.curvature import directional_curvature
 from cdat_core.testing._assertions import number, require, require_close
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdat_torch.differentiability import nodes
-from cdat_torch.replay import Recording, graph, recording
-from cdat_torch.replay.registry import Node, Rule, the_adjoint
+from cdat_torch.curvature.replay import Recording, graph, recording
+from cdat_torch.curvature.replay.registry import Node, Rule, the_adjoint
+from cdat_torch.kernels import nodes
 
 Loss = Callable[..., Tensor]
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cdat_torch.differentiability import replayable
+from cdat_torch.kernels import replayable
 from tests.torch.replay.harness import names, norm, replay, vdot
 
 Layer = Callable[[Tensor, Tensor], Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdat_torch import CDAT, measure
-from cdat_torch.replay import Recording, Unsupported, fallback, recording
-from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay import Recording, Unsupported, fallback, recording
+from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
 from tests.torch.models import mlp, parameters, random_like
 from tests.torch.replay.harness import replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, network

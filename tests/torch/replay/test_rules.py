@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from cdat_torch.replay import Unsupported, recording
-from cdat_torch.replay.fallback import CHECKED
-from cdat_torch.replay.registry import RULES
+from cdat_torch.curvature.replay import Unsupported, recording
+from cdat_torch.curvature.replay.fallback import CHECKED
+from cdat_torch.curvature.replay.registry import RULES
 from tests.torch.replay import (
     elementwise_cases,
     fallback_cases,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cdat_torch import CDAT, measure
-from cdat_torch.replay import Mismatch, Recording, Unsupported, recording
-from cdat_torch.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay import Mismatch, Recording, Unsupported, recording
+from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
 from tests.torch.models import parameters, random_like
 from tests.torch.replay.harness import assert_exact, differences, replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, double_backward, network

@@ -1,0 +1,64 @@
+"""What an update is called with: checks, and the arguments that belong to the objective."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cdat_core import _validation
+from cdat_jax._curvature import check_like
+from cdat_jax._spaces import PyTree
+
+
+def period(every: Any) -> Any:
+    """Return `every`, checked if it is a Python number; an array is a traced hyperparameter."""
+    if isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer):
+        return every
+    return _validation.count("every", every)
+
+
+def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:
+    """Raise a ValueError unless the arguments of an update belong together."""
+    if isinstance(value, tuple | list | dict):
+        msg = (
+            f"value must be a scalar, got a {type(value).__name__}; "
+            "of a loss with auxiliary outputs pass the loss alone"
+        )
+        raise ValueError(msg)
+    if jnp.shape(value) != ():
+        msg = f"value must be a scalar, got shape {jnp.shape(value)}"
+        raise ValueError(msg)
+    try:
+        check_like(params, updates, name="updates")
+        check_like(params, grad, name="grad")
+    except ValueError as error:
+        nodes = jax.tree.leaves(params, is_leaf=_is_masked)
+        if not any(map(_is_masked, nodes)):
+            raise
+        msg = (
+            "params must be all parameters of value_fn, got a part of them: under optax.masked or "
+            "optax.multi_transform only the base sees what it should; write "
+            "optax.chain(optax.multi_transform(...), scale_by_tuner(...))"
+        )
+        raise ValueError(msg) from error
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
+    """Fix those extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
+    parameters = inspect.signature(value_fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        taken = extra_args
+    else:
+        names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        taken = {name: value for name, value in extra_args.items() if name in names}
+    return functools.partial(value_fn, **taken)

@@ -1,0 +1,1 @@
+"""The wrapped optimizer: its groups, its state, and the direction that it proposes."""

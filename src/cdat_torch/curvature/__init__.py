@@ -1,0 +1,1 @@
+"""The curvature of a loss along a direction, by several methods."""

@@ -1,0 +1,193 @@
+"""Slope and curvature of a PyTorch loss along a direction.
+
+The exact ways are to replay the autograd graph that the loss has just built, and double backward:
+the gradient is taken with ``create_graph=True``, and the product with the Hessian is one more
+reverse pass. Nested forward-mode differentiation is never used: in PyTorch it silently drops terms
+in normalisation layers (pytorch/pytorch issues 196699, 196700, 198017).
+`cdat_torch.curvature.methods` holds these ways and the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import cdat_core
+from cdat_torch.curvature.autograd import LossFn, differentiate, evaluate, vector_jacobian
+from cdat_torch.curvature.fallback import evaluated, first_that_works
+from cdat_torch.curvature.methods import BY_NAME, Point, Ways, ways_named, with_product
+from cdat_torch.distributed import fsdp
+from cdat_torch.kernels import further_differentiable, refuse_once_differentiable
+from cdat_torch.side_effects import undone_on_error
+
+
+def measure(
+    loss_fn: LossFn,
+    params: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    *,
+    curvature: str = "auto",
+) -> cdat_core.Measurement:
+    """Return loss, slope and curvature along `direction` at the present parameters.
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn() -> loss``, a scalar tensor with its graph, evaluated at the present `params`.
+    params : sequence of Tensor
+        The parameters w; those the loss does not depend on count as constants.
+    direction : sequence of Tensor
+        The update direction u, shaped like `params`.
+    curvature : str
+        How to compute the curvature:
+
+        - "auto": the first of "replay", "hessian" and "finite_difference" that works; a warning
+          says so where an operation has no second derivative;
+        - "replay": <u, H u> by carrying u through the graph that the loss has built, exact and the
+          cheapest; a RuntimeError names an operation that it does not know;
+        - "hessian": <u, H u> by double backward, exact;
+        - "gauss_newton": <Ju, H_loss Ju>, where J is the derivative of the model's outputs and
+          H_loss the Hessian of the loss of the outputs. `loss_fn` must be a
+          `cdat_torch.CompositeLoss`; where that loss is convex the curvature is not negative;
+        - "finite_difference": <u, H u> by a central difference of two gradients.
+
+    Returns
+    -------
+    cdat_core.Measurement
+        value f(w), slope <g, u>, curvature <u, H u>: 0-d float64 tensors on the device of the
+        first parameter. For "gauss_newton" the curvature is that of the Gauss-Newton matrix.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the loss is not a scalar tensor with a graph, or the arguments do not match.
+    RuntimeError
+        If the loss cannot be differentiated as the method demands.
+
+    Notes
+    -----
+    "replay" takes the graph as it is, fused attention included; only recurrent layers run without
+    the kernels of oneDNN and cuDNN, and modules under ``torch.compile`` uncompiled. "hessian" and
+    "gauss_newton" evaluate models with the kernels that can be differentiated further: scaled
+    dot-product attention uses its math kernel, recurrent layers their native one, and modules under
+    ``torch.compile`` run uncompiled. With "hessian" this is the forward pass of the training step;
+    with "gauss_newton" it is a pass of its own, which leaves no trace. The logger "cdat_torch" says
+    so once, at level INFO.
+
+    A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
+    ``jvp`` or a differentiable backward for "gauss_newton". Where its backward is marked
+    ``once_differentiable`` that is noticed; a backward that computes with detached tensors is not.
+    Of parameters that are sharded over processes (DTensors) `direction` has the layout. All of the
+    processes call this, and get the same numbers: under ``fully_shard`` the means of their losses.
+
+    For ``Embedding(padding_idx=...)`` the direction must be zero in the padding row, as that of
+    every ``torch.optim`` optimizer is while the row itself is zero.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import measure
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> measurement = measure(lambda: (w**3).sum(), [w], [torch.tensor([0.0, 1.0])])
+    >>> [float(x) for x in measurement[:3]]
+    [9.0, 12.0, 12.0]
+    """
+    ways = ways_named(curvature)
+    params, direction = list(params), list(direction)
+    _check_direction(params, direction)
+    BY_NAME[ways[0]].check(loss_fn, "loss_fn")
+    try:
+        with undone_on_error(params) as trace:
+            loss, (variables, grads, recording), ways = evaluated(
+                loss_fn,
+                lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels),
+                params,
+                ways,
+                trace,
+            )
+            direction = fsdp.spread_out(direction, variables)
+            present = [i for i, g in enumerate(grads) if g is not None]
+            w, u = [variables[i] for i in present], [direction[i] for i in present]
+            g = [grad for grad in grads if grad is not None]
+            point = Point(loss_fn, loss, g, w, u, trace.start, recording)
+            (slope, second), _ = quadratic_model(point, ways=ways)
+            scalars = [loss.detach().to(slope), slope, second]
+            return cdat_core.Measurement(*fsdp.means(params, scalars))
+    finally:
+        fsdp.release(params)
+
+
+def hvp(
+    loss_fn: LossFn, params: Sequence[Tensor]
+) -> cdat_core.HessianVectorProduct[Sequence[Tensor]]:
+    """Return the Hessian-vector product of the loss at the present parameters.
+
+    The loss is evaluated once; each product is one reverse pass through the graph of its gradient,
+    which lives as long as the returned callable. Modules under ``fully_shard`` stay gathered until
+    a backward pass or their ``reshard()``.
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn() -> loss``, a scalar tensor with its graph.
+    params : sequence of Tensor
+        The parameters.
+
+    Returns
+    -------
+    cdat_core.HessianVectorProduct
+        ``v -> H v`` on lists of tensors like `params`.
+
+    Raises
+    ------
+    NotImplementedError
+        If a custom function of the loss is marked ``once_differentiable``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cdat_torch import hvp
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> product = hvp(lambda: (w**3).sum(), [w])
+    >>> [float(x) for x in product([torch.ones(2)])[0]]
+    [6.0, 12.0]
+    """
+    params = list(params)
+    loss = evaluate(loss_fn, "loss_fn", kernels=further_differentiable)
+    refuse_once_differentiable(loss)
+    variables, grads, _ = differentiate(loss, params, create_graph=True)
+
+    def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
+        _check_direction(params, list(v))
+        v = fsdp.spread_out(v, variables)
+        pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None]
+        outputs, vectors = [g for g, _ in pairs], [x for _, x in pairs]
+        result = vector_jacobian(outputs, variables, vectors, retain_graph=True)
+        return [h for h in fsdp.scattered(params, variables, result) if h is not None]
+
+    return product
+
+
+def quadratic_model(point: Point, *, ways: Ways) -> tuple[tuple[Tensor, Tensor], Ways]:
+    """Return <g, u> and <u, C u>, and the ways that are left, the one that gave them first."""
+    return first_that_works(ways, lambda name: BY_NAME[name].along(point))
+
+
+def hessian_product(
+    point: Point, *, ways: Ways, retain_graph: bool
+) -> tuple[Sequence[Tensor], Ways]:
+    """Return H u and the ways that are left; without `retain_graph` it is the last product."""
+    return first_that_works(
+        ways, lambda name: with_product(name).product(point, retain_graph=retain_graph)
+    )
+
+
+def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
+    if len(params) != len(direction):
+        msg = f"direction must hold {len(params)} tensors like params, got {len(direction)}"
+        raise ValueError(msg)
+    for p, u in zip(params, direction, strict=True):
+        if p.shape != u.shape:
+            msg = f"direction must have the shapes of params, got {u.shape} for {p.shape}"
+            raise ValueError(msg)

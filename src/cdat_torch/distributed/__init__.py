@@ -1,0 +1,1 @@
+"""Several processes that share one step: replicas, sharded and tensor-parallel parameters."""
