@@ -4,7 +4,7 @@ The core holds update rules (`tuners`, `linesearch`) on scalars and curvature es
 vectors. It needs nothing but the array API: importing it loads no array framework.
 """
 
-from cdat_core import dynamics, linesearch, testing, tuners
+from cdat_core import dynamics, extend, linesearch, testing, tuners
 from cdat_core._curvature import (
     directional_curvature,
     finite_difference_hvp,
@@ -36,6 +36,7 @@ __all__ = [
     "TupleSpace",
     "directional_curvature",
     "dynamics",
+    "extend",
     "finite_difference_hvp",
     "hutchinson_trace",
     "hutchpp_trace",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_jax._curvature import check_like
 from cdat_jax._spaces import PyTree
 
@@ -20,7 +20,7 @@ def period(every: Any) -> Any:
     """Return `every`, checked if it is a Python number; an array is a traced hyperparameter."""
     if isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer):
         return every
-    return _validation.count("every", every)
+    return validation.count("every", every)
 
 
 def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:

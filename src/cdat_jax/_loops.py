@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
-from cdat_core import _krylov as krylov
+from cdat_core import extend
 from cdat_jax._spaces import PyTree, TreeSpace, scalar_dtype
 
 
@@ -37,7 +37,7 @@ def lanczos(
     cdat_core.LanczosResult
         The same numbers, up to rounding.
     """
-    first = krylov.lanczos_start(start, space=space)
+    first = extend.lanczos_start(start, space=space)
     first = first._replace(previous=first.vector)
     rows = None
     if reorthogonalize:
@@ -49,7 +49,7 @@ def lanczos(
         if rows is not None:
             rows = jax.tree.map(lambda r, v: r.at[index].set(v), rows, state.vector)
             remove_all = partial(_remove, rows, space)
-        state, alpha = krylov.lanczos_step(hvp, state, remove_all, space=space)
+        state, alpha = extend.lanczos_step(hvp, state, remove_all, space=space)
         return (state, rows), (alpha, state.beta)
 
     (state, rows), (diagonal, off_diagonal) = jax.lax.scan(

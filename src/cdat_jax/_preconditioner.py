@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_jax._curvature import check_like, tangent_like
 from cdat_jax._spaces import PyTree
 
@@ -60,9 +60,9 @@ def adam_inverse_sqrt(
     >>> round(float(found), 3)  # |g| at the first step, here 100 and 1, divides 100 and 1
     1.0
     """
-    b2 = _validation.fraction("b2", b2)
-    eps = _validation.nonnegative("eps", eps)
-    eps_root = _validation.nonnegative("eps_root", eps_root)
+    b2 = validation.fraction("b2", b2)
+    eps = validation.nonnegative("eps", eps)
+    eps_root = validation.nonnegative("eps_root", eps_root)
     adam = _only_adam(state)
     if not isinstance(adam.count, jax.core.Tracer) and int(adam.count) == 0:
         msg = "state must be that of an Adam that has taken a step, got one with count 0"
@@ -94,7 +94,7 @@ def inverse_square_root(inverse_sqrt: Preconditioner | None) -> Callable[[PyTree
             "of the state of an Adam, pass adam_inverse_sqrt(state)"
         )
         raise TypeError(msg)
-    return None if inverse_sqrt is None else _validation.positive("inverse_sqrt", inverse_sqrt)
+    return None if inverse_sqrt is None else validation.positive("inverse_sqrt", inverse_sqrt)
 
 
 def _apply(inverse_sqrt: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:

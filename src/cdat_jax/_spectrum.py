@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_jax import _loops as loops
 from cdat_jax._curvature import check_like, hessian_product, linearized_gradient, tangent_like
 from cdat_jax._preconditioner import Preconditioner, inverse_square_root
@@ -158,7 +158,7 @@ def top_eigenvalues(
     [12.0, -18.0]
     """
     params = _floating(params)
-    _validation.count("num_matvecs", num_matvecs)
+    validation.count("num_matvecs", num_matvecs)
     if isinstance(start, cdat_core.TopEigenvalues):
         check_like(params, start.vectors[0], name="start")
         vector = warm_start(start.vectors, random_signs(params, 1, key)[0])
@@ -227,8 +227,8 @@ def spectral_density(
     [0.75, 0.25]
     """
     params = _floating(params)
-    _validation.count("num_probes", num_probes)
-    _validation.count("num_matvecs", num_matvecs)
+    validation.count("num_probes", num_probes)
+    validation.count("num_matvecs", num_matvecs)
     options = {
         "num_matvecs": num_matvecs,
         "reorthogonalize": bool(reorthogonalize),
@@ -297,7 +297,7 @@ def trace(
         msg = f"method must be 'hutchinson' or 'hutch++', got {method!r}"
         raise ValueError(msg)
     sketches = method == "hutch++"
-    _validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
+    validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
     estimator = cdat_core.hutchpp_trace if sketches else cdat_core.hutchinson_trace
     probes = random_signs(params, num_probes, key)
     found: cdat_core.TraceEstimate = _estimated(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import cdat_core
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_jax import _loops as loops
 from cdat_jax._curvature import Objective, hessian_product, linearized_gradient, require_scalar
 from cdat_jax._probes import random_signs, warm_start
@@ -45,7 +45,7 @@ class SharpnessTracker:
             )
             raise ValueError(msg)
         self._finite_difference = curvature == "finite_difference"
-        self._num_matvecs = _validation.count("sharpness_matvecs", num_matvecs)
+        self._num_matvecs = validation.count("sharpness_matvecs", num_matvecs)
 
     def init(self, params: PyTree) -> PyTree:
         """Return the vector before the first measurement: zeros."""

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdat_core import _validation, tuners
+from cdat_core import tuners
+from cdat_core.extend import validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_jax._loops import cond
@@ -93,7 +94,7 @@ def tuned(
     >>> solver = tuned(optax.adam(1.0), rule, inverse_sqrt=adam_inverse_sqrt)
     """
     if not callable(learning_rate):
-        learning_rate = _validation.nonnegative("learning_rate", learning_rate)
+        learning_rate = validation.nonnegative("learning_rate", learning_rate)
     base = optax.with_extra_args_support(base)
     init_tuner, tune = tuning(
         tuner_or_search, curvature=curvature, every=every, sharpness_matvecs=sharpness_matvecs

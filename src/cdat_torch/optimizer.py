@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import _validation
+from cdat_core.extend import StepInfo, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base import groups
@@ -29,7 +29,6 @@ from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step import checkpoint
 from cdat_torch.step.closure import all_finite, closure_loss
 from cdat_torch.step.evaluation import ClosureLoss, MicroBatches, PlainGradient, StepLoss
-from cdat_torch.step.info import StepInfo
 from cdat_torch.step.rate import Decision, SearchRule, TunerRule, rule
 from cdat_torch.step.sharpness import SharpnessTracker
 from cdat_torch.step.skips import SkipCount
@@ -174,7 +173,7 @@ class TunedOptimizer(Optimizer):
         param_group : dict
             As for every ``torch.optim`` optimizer.
         """
-        weight = _validation.nonnegative("lr", param_group.get("lr", 1.0))
+        weight = validation.nonnegative("lr", param_group.get("lr", 1.0))
         groups.check_params(param_group["params"])
         self.base.add_param_group({**param_group, "lr": weight})
         groups.adopt(self.base.param_groups[-1], weight, self._rate)

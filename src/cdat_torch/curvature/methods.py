@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cdat_core._arrays import safe_reciprocal
-from cdat_core._curvature import displacement
+from cdat_core.extend import displacement, safe_reciprocal
 from cdat_torch.curvature.autograd import (
     Kernels,
     LossFn,

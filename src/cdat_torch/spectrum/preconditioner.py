@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import _validation
+from cdat_core.extend import validation
 
 Vector: TypeAlias = Sequence[Tensor]
 Preconditioner: TypeAlias = Callable[[Vector], Vector] | float | Optimizer
@@ -28,7 +28,7 @@ def inverse_square_root(
         return apply
     if inverse_sqrt is None or callable(inverse_sqrt):
         return inverse_sqrt
-    return _validation.positive("inverse_sqrt", inverse_sqrt)
+    return validation.positive("inverse_sqrt", inverse_sqrt)
 
 
 def _adam_factors(optimizer: Optimizer, params: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_torch.distributed.dtensor import part_of
 from cdat_torch.spaces import TensorListSpace
 
@@ -21,7 +21,7 @@ def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[Seque
     Each device has a generator of its own, seeded from `seed` and the order of the devices: equal
     seeds would give tensors on two devices equal signs.
     """
-    _validation.count("seed", seed, minimum=0)
+    validation.count("seed", seed, minimum=0)
     seeds = torch.Generator().manual_seed(seed)
     generators: dict[torch.device, torch.Generator] = {}
     for p in params:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cdat_core
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_torch.base.groups import check_params
 from cdat_torch.curvature.autograd import LossFn
 from cdat_torch.curvature.measure import hvp
@@ -160,7 +160,7 @@ def top_eigenvalues(
     [12.0, -18.0]
     """
     params = _listed(params)
-    _validation.count("num_matvecs", num_matvecs)
+    validation.count("num_matvecs", num_matvecs)
     if isinstance(start, cdat_core.TopEigenvalues):
         _check_like(params, start.vectors[0])
         vector = warm_start(start.vectors, random_signs(params, 1, seed)[0])
@@ -226,7 +226,7 @@ def spectral_density(
     [0.75, 0.25]
     """
     params = _listed(params)
-    total = _validation.count("num_probes", num_probes) * _validation.count(
+    total = validation.count("num_probes", num_probes) * validation.count(
         "num_matvecs", num_matvecs
     )
     with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:
@@ -290,7 +290,7 @@ def trace(
         msg = f"method must be 'hutchinson' or 'hutch++', got {method!r}"
         raise ValueError(msg)
     sketches = method == "hutch++"
-    _validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
+    validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
     probes, space = random_signs(params, num_probes, seed), TensorListSpace()
     total = num_probes + num_probes // 2 if sketches else num_probes
     with _operator(loss_fn, params, inverse_sqrt, progress, total=total) as product:

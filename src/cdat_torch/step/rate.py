@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import Measurement, _validation
+from cdat_core import Measurement
+from cdat_core.extend import StepInfo, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base.direction import steps_in_proportion
@@ -19,7 +20,6 @@ from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.step.checkpoint import SavedTuner, restore
 from cdat_torch.step.evaluation import ClosureLoss, StepLoss
-from cdat_torch.step.info import StepInfo
 from cdat_torch.step.line_search import evaluate_trial
 from cdat_torch.step.sharpness import SharpnessTracker
 
@@ -77,7 +77,7 @@ class TunerRule:
         self.tracker = tracker if "sharpness" in tuner.needs else None
         self.ways = (ways_with_product if self.tracker else ways_named)(curvature)
         self._tuner = tuner
-        self._every = _validation.count("every", every)
+        self._every = validation.count("every", every)
         self._needs_curvature = "curvature" in tuner.needs
         self._needs_graph = self._needs_curvature or self.tracker is not None
         self.needs_value = "value" in tuner.needs
@@ -258,7 +258,7 @@ def rule(
         return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)
     if isinstance(tuner_or_search, LineSearch):
         ways_named(curvature)
-        _validation.count("every", every)
+        validation.count("every", every)
         return SearchRule(tuner_or_search)
     msg = (
         f"tuner_or_search must be a cdat_core Tuner or LineSearch, got {tuner_or_search!r}; "

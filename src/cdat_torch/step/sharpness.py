@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import cdat_core
-from cdat_core import _validation
+from cdat_core.extend import validation
 from cdat_torch.base.groups import weights_and_factors
 from cdat_torch.distributed.dtensor import local
 from cdat_torch.distributed.replicas import Replicas
@@ -61,7 +61,7 @@ class SharpnessTracker:
             raise TypeError(msg)
         adam = isinstance(base, torch.optim.Adam | torch.optim.AdamW)
         self._base = base
-        self._num_matvecs = _validation.count("sharpness_matvecs", num_matvecs)
+        self._num_matvecs = validation.count("sharpness_matvecs", num_matvecs)
         self._inverse_sqrt = base if inverse_sqrt is None and adam else inverse_sqrt
         self.vector: dict[Tensor, Tensor] = {}
         """The last eigenvector; empty before the first."""

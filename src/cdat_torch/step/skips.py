@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cdat_core import _validation
+from cdat_core.extend import validation
 
 
 class SkipCount:
@@ -21,7 +21,7 @@ class SkipCount:
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
         if limit is not None:
-            _validation.count("max_consecutive_skips", limit)
+            validation.count("max_consecutive_skips", limit)
         self._limit = limit
         self.total = torch.zeros((), dtype=torch.int32, device=device)
         self._in_a_row = torch.zeros_like(self.total)
