@@ -1,15 +1,13 @@
 """Configuration of the documentation; it builds without network access."""
 
-import importlib.metadata
 from typing import Any
+
+from cdat_core import __version__
 
 project = "cdat"
 author = "The cdat developers"
 copyright = "The cdat developers"
-try:
-    release = importlib.metadata.version("cdat")
-except importlib.metadata.PackageNotFoundError:  # built from a checkout that is not installed
-    release = "0.1.0"
+release = __version__
 
 extensions = [
     "myst_parser",

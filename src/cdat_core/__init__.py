@@ -22,6 +22,7 @@ from cdat_core._krylov import LanczosResult, lanczos
 from cdat_core._spaces import ArraySpace, TupleSpace
 from cdat_core._trace import TraceEstimate, hutchinson_trace, hutchpp_trace
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Measurement
+from cdat_core._version import __version__
 
 __all__ = [
     "ArraySpace",
@@ -34,6 +35,7 @@ __all__ = [
     "TopEigenvalues",
     "TraceEstimate",
     "TupleSpace",
+    "__version__",
     "directional_curvature",
     "dynamics",
     "extend",

@@ -7,6 +7,7 @@ except ImportError as error:
     msg = f'cdat_jax needs JAX and Optax ({error}); install them with: pip install "cdat[jax]"'
     raise ImportError(msg) from error
 
+from cdat_core import __version__
 from cdat_jax._accumulation import accumulate
 from cdat_jax._composite import CompositeLoss
 from cdat_jax._curvature import hvp, measure
@@ -23,6 +24,7 @@ __all__ = [
     "TreeSpace",
     "TunedState",
     "TunerInfo",
+    "__version__",
     "accumulate",
     "adam_inverse_sqrt",
     "cdat",

@@ -4,6 +4,7 @@
 of one's own joins by `register_task`, `register_contender` and `register_base`.
 """
 
+from cdat_core import __version__
 from cdat_lab.bases import Base
 from cdat_lab.comparison import compare
 from cdat_lab.contenders import Contender
@@ -14,6 +15,7 @@ __all__ = [
     "Base",
     "Contender",
     "Task",
+    "__version__",
     "compare",
     "register_base",
     "register_contender",

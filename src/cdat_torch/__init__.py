@@ -6,6 +6,7 @@ except ImportError as error:
     msg = f'cdat_torch needs PyTorch ({error}); install it with: pip install "cdat[torch]"'
     raise ImportError(msg) from error
 
+from cdat_core import __version__
 from cdat_core.extend import StepInfo
 from cdat_torch.cdat import CDAT
 from cdat_torch.curvature.gauss_newton import CompositeLoss
@@ -21,6 +22,7 @@ __all__ = [
     "StepInfo",
     "TensorListSpace",
     "TunedOptimizer",
+    "__version__",
     "further_differentiable",
     "hvp",
     "measure",
