@@ -1,13 +1,14 @@
-"""Ctrl-C during a step: heard while the loss is evaluated or differentiated, else a little later.
+"""Ctrl-C during a step: delivered while the loss is evaluated or differentiated, else a bit later.
 
-A step moves parameters, buffers and random state for a while and then puts them back. An interrupt
-in between would leave them half restored, and a second Ctrl-C can cut into the restoration after
-the first. So within `held` interrupts wait, except inside `let_through`, which belongs around the
-calls that take long: those of the user's loss and of autograd, after everything that restores has
-been entered. What such an interrupt raises closes the gate behind itself.
+A step changes parameters, buffers and random state for a while and then restores them. An interrupt
+in between would leave them half restored, and a second Ctrl-C could cut into the restoration after
+the first. Interrupts are therefore deferred inside `defer_interrupts`, except inside
+`deliver_interrupts`. The latter belongs around the calls that take long, to the user's loss and to
+autograd, once everything that restores has been entered. When an interrupt raises there, further
+ones are deferred until the end of the outer block.
 
-Handlers of the user's own are called as if nothing was between, whether they raise or not. Threads
-other than the main one have nothing to hold: Python handles signals in the main thread alone.
+The user's own signal handlers are called as usual, whether they raise or not. Only the main thread
+defers anything: Python handles signals in the main thread alone.
 """
 
 from __future__ import annotations
@@ -22,36 +23,36 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class _Gate:
-    """A handler of SIGINT before another: closed it remembers a signal, open it passes it on."""
+    """A SIGINT handler in front of another: it keeps a signal when closed, else passes it on."""
 
-    def __init__(self, behind: _Handler) -> None:
-        self._behind = behind
-        self._waiting = False
+    def __init__(self, previous: _Handler) -> None:
+        self._next = previous
+        self._pending = False
         self.closed = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.closed:
-            self._waiting = True
+            self._pending = True
             return
         try:
-            self._behind(signum, frame)
+            self._next(signum, frame)
         except BaseException:
             self.closed = True
             raise
 
     def deliver(self) -> None:
-        """Pass on the signal that waits, if one does and the gate is open."""
-        if self._waiting and not self.closed:
-            self._waiting = False
+        """Pass on the pending signal, if there is one and the gate is open."""
+        if self._pending and not self.closed:
+            self._pending = False
             self(signal.SIGINT, None)
 
 
-_gate: _Gate | None = None  # the one in force; only the main thread reads or writes it
+_gate: _Gate | None = None  # the installed one; only the main thread reads or writes it
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Let interrupts wait until the end of the block, where one of them is delivered."""
+def defer_interrupts() -> Iterator[None]:
+    """Defer interrupts to the end of the block, where one of them is delivered."""
     global _gate  # noqa: PLW0603
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,18 +66,18 @@ def held() -> Iterator[None]:
             outer.closed = before
             outer.deliver()
         return
-    behind = signal.getsignal(signal.SIGINT)
-    if not callable(behind):  # ignored, left to the system, or not set from Python
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous):  # ignored, left to the system, or not set from Python
         yield
         return
-    gate = _Gate(behind)
+    gate = _Gate(previous)
     signal.signal(signal.SIGINT, gate)
     _gate = gate
     try:
         yield
     finally:
         _gate = None
-        found = signal.signal(signal.SIGINT, behind)
+        found = signal.signal(signal.SIGINT, previous)
         if found is not gate:  # the loss has set another handler
             signal.signal(signal.SIGINT, found)
         gate.closed = False
@@ -84,8 +85,8 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def let_through() -> Iterator[None]:
-    """Deliver interrupts at once inside the block, also one that waits."""
+def deliver_interrupts() -> Iterator[None]:
+    """Deliver interrupts at once inside the block, including a pending one."""
     gate = _gate
     if gate is None or not gate.closed or threading.current_thread() is not threading.main_thread():
         yield

@@ -21,10 +21,10 @@ from cdat_torch.base import groups
 from cdat_torch.base.direction import base_direction
 from cdat_torch.base.rehearsal import tentative_step
 from cdat_torch.distributed.dtensor import locals_of
-from cdat_torch.distributed.fsdp import refuse_gauss_newton, release
+from cdat_torch.distributed.fsdp import refuse_gauss_newton, reshard
 from cdat_torch.distributed.replicas import Replicas
-from cdat_torch.interrupts import held
-from cdat_torch.side_effects import Trace, undone_on_error
+from cdat_torch.interrupts import defer_interrupts
+from cdat_torch.side_effects import SideEffects, restore_on_error
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step import checkpoint
 from cdat_torch.step.closure import all_finite, closure_loss
@@ -224,7 +224,7 @@ class TunedOptimizer(Optimizer):
         """Clear the gradients, and what `backward` has gathered for a step that did not come."""
         self._micro_batches.free()
         self._micro_batches = MicroBatches()
-        release(self._trainable())
+        reshard(self._trainable())
         super().zero_grad(set_to_none)
 
     def backward(self, loss: Tensor, *, scaler: Any = None, sync: bool = True) -> None:
@@ -260,12 +260,12 @@ class TunedOptimizer(Optimizer):
             )
             raise ValueError(msg)
         params, batches = self._trainable(), self._micro_batches
-        with held():
+        with defer_interrupts():
             try:
                 ways = self._rule.ways if self._rule.measures else ()
                 batches.add(loss, params, ways=batches.ways or ways, scaler=scaler, sync=sync)
             finally:
-                release(params)  # so that model.parameters() has the gradients, for clipping
+                reshard(params)  # so that model.parameters() has the gradients, for clipping
             batches.reduced = self._replicas.size == 1
             if sync and not batches.reduced:
                 assert batches.value is not None
@@ -308,16 +308,16 @@ class TunedOptimizer(Optimizer):
         not. Earlier gradients are kept for that during the step: `zero_grad` spares their memory.
         """
         params = [] if closure is None else self._trainable()
-        with undone_on_error(params) as trace, torch.no_grad():
+        with restore_on_error(params) as effects, torch.no_grad():
             try:
-                evaluation = self._evaluated(closure, trace)
+                evaluation = self._evaluated(closure, effects)
                 if evaluation is None:
                     self.base.step()
                     return None
                 value = self._advance(evaluation)
             finally:
                 self._micro_batches = MicroBatches()
-                release(self._trainable())
+                reshard(self._trainable())
         self._skips.refuse_many()
         if isinstance(evaluation, ClosureLoss) and value is not None:
             return value.to(evaluation.loss.dtype)
@@ -326,14 +326,16 @@ class TunedOptimizer(Optimizer):
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _evaluated(self, closure: Callable[[], Any] | None, trace: Trace) -> StepLoss | None:
+    def _evaluated(
+        self, closure: Callable[[], Any] | None, effects: SideEffects
+    ) -> StepLoss | None:
         """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
         if closure is not None:
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
             ways = self._rule.ways if self._rule.measures else ()
-            return closure_loss(closure, self._trainable(), ways, trace)
+            return closure_loss(closure, self._trainable(), ways, effects)
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"

@@ -1,17 +1,16 @@
-"""Evaluating the user's loss again, at other parameters, without a trace.
+"""Evaluating the user's loss again, at other parameters, without side effects.
 
-Trial values of a line search and finite differences call the loss several times a step. Each
-further call must see the same dropout masks and must not move the running statistics of
-normalisation layers or the random state that the next step starts from.
+Line searches and finite differences call the loss several times a step. Each further call must use
+the same dropout masks, and must change neither the running statistics of normalisation layers nor
+the random state that the next step starts from.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cdat_torch.distributed.dtensor import locals_of
-from cdat_torch.distributed.fsdp import release
-from cdat_torch.interrupts import held
+from cdat_torch.distributed.fsdp import reshard
+from cdat_torch.interrupts import defer_interrupts
 from cdat_torch.kernels import eager
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
@@ -39,11 +38,11 @@ def _set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(cuda_state, index)
 
 
-class Trace:
-    """What an evaluation of the loss changes beside its result, kept as it was before.
+class SideEffects:
+    """What an evaluation of the loss changes besides its result, recorded so it can be restored.
 
     That is the random state, the ``.grad`` of the parameters, and the buffers of the modules that
-    are called while `recorded`.
+    are called inside `record`.
 
     Parameters
     ----------
@@ -58,29 +57,24 @@ class Trace:
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
-    def recorded(self, *, buffers: bool = True) -> Iterator[None]:
-        """Take note of buffers before modules are called; ``.grad`` is None in the block only."""
-        handle = None
-        if buffers:
-            _expect_hooks_of_compiled_modules()
-            handle = register_module_forward_pre_hook(self._keep_buffers)
-        try:
-            for p, _ in self._grads:
-                p.grad = None
-            yield
-        finally:
-            if handle is not None:
-                handle.remove()
-            self._put_back_gradients()
+    def record(self, *, buffers: bool = True) -> Iterator[None]:
+        """Record buffers before modules are called; inside the block ``.grad`` is None."""
+        with _before_each_module(self._keep_buffers) if buffers else nullcontext():
+            try:
+                for p, _ in self._grads:
+                    p.grad = None
+                yield
+            finally:
+                self._restore_gradients()
 
-    def undo(self) -> None:
-        """Put everything back, bit for bit."""
+    def restore(self) -> None:
+        """Restore everything bit for bit."""
         for module, buffers in self._modules.items():
-            module._buffers.update(buffers)  # a module may have put other tensors in their place
+            module._buffers.update(buffers)  # the module may have replaced tensors
         with torch.no_grad():
-            for buffer, saved in reversed(self._buffers):  # of a shared one the first copy counts
+            for buffer, saved in reversed(self._buffers):  # a shared buffer: the first copy wins
                 buffer.copy_(saved)
-        self._put_back_gradients()
+        self._restore_gradients()
         _set_random_state(self.start)
 
     def _keep_buffers(self, module: Module, args: Any) -> None:
@@ -91,69 +85,88 @@ class Trace:
                 if buffer is not None:
                     self._buffers.append((buffer, buffer.detach().clone()))
 
-    def _put_back_gradients(self) -> None:
+    def _restore_gradients(self) -> None:
         for p, grad in self._grads:
             p.grad = grad
 
 
 @contextmanager
-def undone_on_error(params: Sequence[Tensor]) -> Iterator[Trace]:
-    """Undo what the trace has taken note of if the block raises; interrupts wait as in `held`."""
-    with held():
-        trace = Trace(params)
+def restore_on_error(params: Sequence[Tensor]) -> Iterator[SideEffects]:
+    """Restore what was recorded if the block raises; interrupts are deferred."""
+    with defer_interrupts():
+        effects = SideEffects(params)
         try:
-            yield trace
+            yield effects
         except BaseException:
-            trace.undo()
+            effects.restore()
             raise
 
 
 @contextmanager
-def without_trace(params: Sequence[Tensor], start: RandomState) -> Iterator[None]:
+def without_side_effects(params: Sequence[Tensor], start: RandomState) -> Iterator[None]:
     """Run a forward pass from the random state `start`; then restore what it changed.
 
     Random state, the buffers of the modules that are called, and the ``.grad`` of `params` are
-    afterwards as before, bit for bit, also after an error; meanwhile ``.grad`` is None and
-    interrupts wait as in `held`. Modules
-    under ``torch.compile`` run uncompiled: compiled ones do not say which buffers they write.
+    restored bit for bit, also after an error. Inside the block ``.grad`` is None and interrupts are
+    deferred. Modules under ``torch.compile`` run uncompiled: compiled ones do not say which buffers
+    they write.
 
     Parameters
     ----------
     params : sequence of Tensor
         Their devices say which random states matter.
     start : RandomState
-        The random state that the first evaluation of this step started from.
+        The random state from which the first evaluation of this step started.
     """
-    with held():
-        trace = Trace(params)
+    with defer_interrupts():
+        effects = SideEffects(params)
         try:
-            with trace.recorded(), eager():
+            with effects.record(), eager():
                 _set_random_state(start)
                 yield
         finally:
-            trace.undo()
-
-
-def _expect_hooks_of_compiled_modules() -> None:
-    """Keep torch.compile'd modules from warning that they call the hook once more: it may be."""
-    message = "Using `torch.compile.module.` when there are global hooks"
-    known = (f[1] for f in warnings.filters if f[0] == "ignore")
-    if "torch._dynamo" in sys.modules and not any(
-        isinstance(pattern, re.Pattern) and pattern.pattern == message for pattern in known
-    ):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+            effects.restore()
 
 
 @contextmanager
-def moved(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Give `params` other values; afterwards they are restored bit for bit, also after an error."""
-    with put_back(params, [p.detach().clone() for p in params]):
+def _before_each_module(hook: Callable[[Module, Any], None]) -> Iterator[None]:
+    """Call `hook` before the forward pass of every module."""
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        # Modules under torch.compile warn that they call the hook once more, which is harmless.
+        with _ignore_warnings("Using `torch.compile.module.` when there are global hooks"):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _ignore_warnings(message: str) -> Iterator[None]:
+    """Ignore UserWarnings that start with `message`, a regular expression.
+
+    ``warnings.catch_warnings`` would also make Python forget which warnings it has shown, so those
+    of the user's loss would appear in every step instead of once.
+    """
+    entry = ("ignore", re.compile(message, re.IGNORECASE), UserWarning, None, 0)
+    filters: Any = warnings.filters
+    filters.insert(0, entry)
+    try:
+        yield
+    finally:
+        if entry in filters:  # unless the loss has reset them
+            filters.remove(entry)
+
+
+@contextmanager
+def temporary_values(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Give `params` other values; restore them bit for bit afterwards, also after an error."""
+    with restore_values(params, [p.detach().clone() for p in params]):
         assign(params, values)
         yield
 
 
 @contextmanager
-def put_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+def restore_values(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Copy `values` into `params` at the end of the block, also after an error."""
     try:
         yield
@@ -166,7 +179,7 @@ def assign(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(params, values, strict=True):
             p.copy_(value)
-    _changed(params)
+    _drop_copies(params)
 
 
 def displace(
@@ -177,10 +190,10 @@ def displace(
         parts = (locals_of(tensors) for tensors in (params, here, direction))
         for p, w, u in zip(*parts, strict=True):
             torch.mul(u, factor.to(u.device), out=p).add_(w)  # addcmul would round the factor
-    _changed(params)
+    _drop_copies(params)
 
 
-def _changed(params: Sequence[Tensor]) -> None:
-    """Drop what is derived from the parameters."""
-    release(params)  # modules may hold gathered copies, autocast some in low precision
+def _drop_copies(params: Sequence[Tensor]) -> None:
+    """Drop copies of the parameters: unsharded ones, and those of autocast in low precision."""
+    reshard(params)
     torch.clear_autocast_cache()

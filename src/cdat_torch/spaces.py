@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.distributed.dtensor import laid_out_like, local, settled, sum_over_shards
+from cdat_torch.distributed.dtensor import local, match_placements, resolve_partial, sum_over_shards
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -40,12 +40,12 @@ class TensorListSpace:
             raise ValueError(msg)
         device = x[0].device
         zero = torch.zeros((), dtype=scalar_dtype(device), device=device)
-        parts, x = [], [settled(a) for a in x]
+        parts, x = [], [resolve_partial(a) for a in x]
         for a, b in zip(x, y, strict=True):
             if a.shape != b.shape:
                 msg = f"x and y must hold tensors of the same shape, got {a.shape} and {b.shape}"
                 raise ValueError(msg)
-            product = _widened(local(a)).conj() * _widened(local(laid_out_like(b, a)))
+            product = _widened(local(a)).conj() * _widened(local(match_placements(b, a)))
             # torch sums pairwise, so float32 suffices within a tensor; the totals are wider.
             parts.append((product.real if product.is_complex() else product).sum().to(zero))
         return sum_over_shards(parts, x)

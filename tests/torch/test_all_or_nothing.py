@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CompositeLoss, TunedOptimizer, measure, sharpness
-from cdat_torch.interrupts import held, let_through
+from cdat_torch.interrupts import defer_interrupts, deliver_interrupts
 
 WAYS: dict[str, dict[str, Any]] = {
     "replay": {},
@@ -308,10 +308,10 @@ def test_an_interrupt_between_two_evaluations_waits_for_the_next() -> None:
     heard: list[str] = []
 
     def block() -> None:
-        with held():
+        with defer_interrupts():
             signal.raise_signal(signal.SIGINT)
             heard.append("held")
-            with let_through():
+            with deliver_interrupts():
                 heard.append("let through")
 
     with pytest.raises(KeyboardInterrupt):
@@ -324,8 +324,8 @@ def test_a_measurement_in_a_closure_is_held_on_its_own() -> None:
     heard: list[str] = []
 
     def block() -> None:
-        with held(), let_through():
-            with held():
+        with defer_interrupts(), deliver_interrupts():
+            with defer_interrupts():
                 signal.raise_signal(signal.SIGINT)
                 heard.append("inner")
             heard.append("outer")
@@ -348,7 +348,7 @@ def test_a_step_in_another_thread() -> None:
             errors.append(error)
 
     def block() -> None:
-        with held():
+        with defer_interrupts():
             thread = threading.Thread(target=run)
             thread.start()
             signal.raise_signal(signal.SIGINT)

@@ -20,9 +20,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from cdat_core import tuners
-from cdat_torch import CompositeLoss, TunedOptimizer, measure
+from cdat_torch import CDAT, CompositeLoss, TunedOptimizer, measure
 from cdat_torch.kernels import say_once
-from cdat_torch.side_effects import moved, random_state, without_trace
+from cdat_torch.side_effects import random_state, temporary_values, without_side_effects
 from tests.torch.models import (
     CLASSES,
     WIDTH,
@@ -295,7 +295,7 @@ def test_other_values_are_seen_under_autocast() -> None:
         p.data.copy_(value)
     with torch.autocast("cpu", torch.bfloat16):
         here = model(x)
-        with moved(params, there):
+        with temporary_values(params, there):
             found = model(x)
         torch.testing.assert_close(found, other(x), rtol=0, atol=0)
         torch.testing.assert_close(model(x), here, rtol=0, atol=0)
@@ -508,7 +508,7 @@ def test_side_effects_are_those_of_one_forward(curvature: str) -> None:
 
 def test_a_buffer_that_did_not_exist_is_gone_again() -> None:
     module = Replacing()
-    with without_trace([], random_state([])):
+    with without_side_effects([], random_state([])):
         module(torch.ones(2, 3))
         assert module.mean is not None
     assert module.mean is None
@@ -550,7 +550,7 @@ class Shared(nn.Module):
 def test_a_shared_buffer_is_put_back_to_its_first_value() -> None:
     counts = torch.zeros(3)
     model = nn.Sequential(Shared(counts), Shared(counts))
-    with without_trace([], random_state([])):
+    with without_side_effects([], random_state([])):
         model(torch.ones(2))
         assert counts.tolist() == [2.0, 2.0, 2.0]
     assert counts.tolist() == [0.0, 0.0, 0.0]
@@ -574,3 +574,17 @@ def test_steps_that_run_compiled_are_compiled_once() -> None:
         optimizer.step(lambda: compiled(x).square().mean())
         compiled(x)  # outside of a step
     assert len(graphs) == 1
+
+
+def test_the_warnings_filters_are_as_before_after_a_step():
+    """Compiled modules warn about the hook that records buffers; the filter for it goes again."""
+    model = torch.compile(nn.Linear(3, 1), backend="eager")
+    optimizer = CDAT(torch.optim.SGD(model.parameters()))
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inside = list(warnings.filters)
+        optimizer.step(lambda: model(torch.ones(4, 3)).square().mean())
+        assert warnings.filters == inside
+    assert warnings.filters == before
+    assert not caught

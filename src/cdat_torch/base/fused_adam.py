@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_torch.base.direction import decouples_decay
-from cdat_torch.distributed.dtensor import is_sharded
+from cdat_torch.distributed.dtensor import is_dtensor
 
 _SIZE = 2**18
 """Numbers that are stepped on at a time: with their moments they about fit the cache."""
@@ -41,7 +41,7 @@ def _suits(p: Tensor, state: dict[str, Any]) -> bool:
     return (
         p.device.type == "cpu"
         and p.dtype in (torch.float32, torch.float64)
-        and not is_sharded(p)
+        and not is_dtensor(p)
         and p.is_contiguous()
         and (p.grad is None or _is_like(p.grad, p))
         and all(not isinstance(t, Tensor) or t.is_contiguous() for t in state.values())

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cdat_torch.curvature.replay import Recording
 from cdat_torch.distributed import fsdp
-from cdat_torch.distributed.dtensor import laid_out_like
-from cdat_torch.interrupts import let_through
+from cdat_torch.distributed.dtensor import match_placements
+from cdat_torch.interrupts import deliver_interrupts
 from cdat_torch.kernels import further_differentiable, is_reentrant_checkpoint
 
 LossFn = Callable[[], Tensor]
@@ -40,7 +40,7 @@ class Differentiated(NamedTuple):
 
 def evaluate(loss_fn: LossFn, argument: str, *, kernels: Kernels = nullcontext) -> Tensor:
     """Call the user's loss with gradients on and check what comes back."""
-    with torch.enable_grad(), kernels(), let_through():
+    with torch.enable_grad(), kernels(), deliver_interrupts():
         loss = loss_fn()
     check_scalar(loss, argument)
     if not loss.requires_grad:
@@ -80,7 +80,7 @@ def differentiate(
     """Return the tensors the model computed with, and the gradient with respect to them.
 
     They are `params` themselves, unless modules under ``fully_shard`` had to gather theirs for a
-    second derivative; `cdat_torch.distributed.fsdp.release` lets go of them.
+    second derivative; `cdat_torch.distributed.fsdp.reshard` lets go of them.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def differentiate(
         if not (create_graph or record):
             grads = fsdp.backward(loss, params, sync=sync)
             return Differentiated(variables, _checked(grads, sync))
-        variables = fsdp.gathered(params)
+        variables = fsdp.unshard(params)
     if not record:
         return Differentiated(variables, gradients(loss, variables, create_graph=create_graph))
     recording = Recording(loss, variables, outputs)
@@ -126,7 +126,7 @@ def gradients(
         msg = "params must hold at least one tensor that requires grad, got none"
         raise ValueError(msg)
     try:
-        with further_differentiable() if create_graph else nullcontext(), let_through():
+        with further_differentiable() if create_graph else nullcontext(), deliver_interrupts():
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss,
                 trainable,
@@ -144,7 +144,7 @@ def gradients(
         raise RuntimeError(msg) from error
     with torch.set_grad_enabled(create_graph):
         by_param = {
-            p: None if g is None else laid_out_like(g, p)
+            p: None if g is None else match_placements(g, p)
             for p, g in zip(trainable, found, strict=True)
         }
     return _checked([by_param.get(p) for p in params])
@@ -166,14 +166,14 @@ def vector_jacobian(
 ) -> list[Tensor]:
     """Return the derivative of ``sum <output_i, vector_i>`` with respect to `inputs`."""
     pairs = [
-        (y, laid_out_like(v.to(y.dtype), y))
+        (y, match_placements(v.to(y.dtype), y))
         for y, v in zip(outputs, vectors, strict=True)
         if y.requires_grad
     ]
     trainable = [x for x in inputs if x.requires_grad]
     if not pairs or not trainable:  # what is differentiated is constant
         return [torch.zeros_like(x) for x in inputs]
-    with further_differentiable(), let_through():
+    with further_differentiable(), deliver_interrupts():
         found = torch.autograd.grad(
             [y for y, _ in pairs],
             trainable,
@@ -184,6 +184,6 @@ def vector_jacobian(
     by_input = dict(zip(trainable, found, strict=True))
     products = [by_input.get(x) for x in inputs]
     return [
-        torch.zeros_like(x) if h is None else laid_out_like(h, x)
+        torch.zeros_like(x) if h is None else match_placements(h, x)
         for h, x in zip(products, inputs, strict=True)
     ]

@@ -23,7 +23,7 @@ from cdat_torch.curvature.methods import BY_NAME, REPLAYED_GAUSS_NEWTON, Ways
 from cdat_torch.curvature.replay import Mismatch, Unsupported
 from cdat_torch.distributed.replicas import several_processes
 from cdat_torch.kernels import anything_compiled, further_differentiable, logger
-from cdat_torch.side_effects import Trace
+from cdat_torch.side_effects import SideEffects
 
 T = TypeVar("T")
 _CALLED = {"hessian": "double backward", "gauss_newton": "a forward-mode pass"}
@@ -34,7 +34,7 @@ def evaluated(
     evaluate: Callable[[Kernels], Tensor],
     params: Sequence[Tensor],
     ways: Ways,
-    trace: Trace,
+    effects: SideEffects,
 ) -> tuple[Tensor, Differentiated, Ways]:
     """Return a loss, its first derivative, and the ways that are left to measure its curvature.
 
@@ -48,7 +48,7 @@ def evaluated(
         The parameters.
     ways : sequence of str
         None of them if no curvature is to be measured.
-    trace : Trace
+    effects : SideEffects
         It takes note of what the evaluation changes.
     """
     together = several_processes()
@@ -61,13 +61,13 @@ def evaluated(
             kernels = further_differentiable
         # compiled modules do not say which buffers they move, and hooks would compile them anew
         buffers = kernels is not nullcontext or not anything_compiled()
-        with trace.recorded(buffers=buffers), _outputs(loss_fn, ways) as outputs:
+        with effects.record(buffers=buffers), _outputs(loss_fn, ways) as outputs:
             loss = evaluate(kernels)
         try:
             return loss, *differentiated(loss, params, ways, outputs=outputs, again=together)
         except Unsupported as error:
             ways = given_up(ways, error)
-            trace.undo()
+            effects.restore()
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cdat_torch.curvature.autograd import check_scalar, vector_jacobian
-from cdat_torch.interrupts import let_through
+from cdat_torch.interrupts import deliver_interrupts
 from cdat_torch.kernels import (
     further_differentiable,
     refuse_once_differentiable,
     say_once,
 )
-from cdat_torch.side_effects import RandomState, without_trace
+from cdat_torch.side_effects import RandomState, without_side_effects
 from cdat_torch.spaces import TensorListSpace
 
 _make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
@@ -123,7 +123,7 @@ def gauss_newton_curvature(
         The random state from which the loss was evaluated.
     """
     try:
-        with without_trace(params, start), further_differentiable():
+        with without_side_effects(params, start), further_differentiable():
             with _tangents(params, direction):
                 # Interrupts wait: raising in here they might leave the mode of functions behind.
                 outputs, moves = _primals_and_tangents(composite.model_fn())
@@ -133,8 +133,8 @@ def gauss_newton_curvature(
     except (RuntimeError, NotImplementedError) as error:
         reason = first_line(error)
     try:
-        with without_trace(params, start), further_differentiable(), torch.enable_grad():
-            with let_through():
+        with without_side_effects(params, start), further_differentiable(), torch.enable_grad():
+            with deliver_interrupts():
                 outputs = composite.model_fn()
             outputs, moves = _by_double_backward(outputs, params, direction)
             curvature = _second_derivative(composite, outputs, moves, params)
@@ -174,14 +174,14 @@ def _second_derivative(
         )
         raise _NotCompositeError(msg)
     with torch.enable_grad():
-        with let_through():
+        with deliver_interrupts():
             loss = composite.loss_fn(pytree.tree_unflatten(leaves, structure))
         check_scalar(loss, "loss_fn")
         if not loss.requires_grad:
             return TensorListSpace().vdot(move, [torch.zeros_like(m) for m in move])
         refuse_once_differentiable(loss)
         trainable = [p for p in params if p.requires_grad]
-        with let_through():
+        with deliver_interrupts():
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss, [*z, *trainable], create_graph=True, allow_unused=True
             )
@@ -215,7 +215,7 @@ def _by_double_backward(
         refuse_once_differentiable(leaf)
     v = [torch.zeros_like(leaf, requires_grad=True) for leaf in z]
     trainable = [p for p in params if p.requires_grad]
-    with let_through():
+    with deliver_interrupts():
         transposed: tuple[Tensor | None, ...] = torch.autograd.grad(
             z, trainable, v, create_graph=True, allow_unused=True
         )

@@ -19,7 +19,7 @@ from cdat_torch.curvature.fallback import evaluated, first_that_works
 from cdat_torch.curvature.methods import BY_NAME, Point, Ways, ways_named, with_product
 from cdat_torch.distributed import fsdp
 from cdat_torch.kernels import further_differentiable, refuse_once_differentiable
-from cdat_torch.side_effects import undone_on_error
+from cdat_torch.side_effects import restore_on_error
 
 
 def measure(
@@ -98,24 +98,24 @@ def measure(
     _check_direction(params, direction)
     BY_NAME[ways[0]].check(loss_fn, "loss_fn")
     try:
-        with undone_on_error(params) as trace:
+        with restore_on_error(params) as effects:
             loss, (variables, grads, recording), ways = evaluated(
                 loss_fn,
                 lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels),
                 params,
                 ways,
-                trace,
+                effects,
             )
-            direction = fsdp.spread_out(direction, variables)
+            direction = fsdp.redistribute_like(direction, variables)
             present = [i for i, g in enumerate(grads) if g is not None]
             w, u = [variables[i] for i in present], [direction[i] for i in present]
             g = [grad for grad in grads if grad is not None]
-            point = Point(loss_fn, loss, g, w, u, trace.start, recording)
+            point = Point(loss_fn, loss, g, w, u, effects.start, recording)
             (slope, second), _ = quadratic_model(point, ways=ways)
             scalars = [loss.detach().to(slope), slope, second]
-            return cdat_core.Measurement(*fsdp.means(params, scalars))
+            return cdat_core.Measurement(*fsdp.average(params, scalars))
     finally:
-        fsdp.release(params)
+        fsdp.reshard(params)
 
 
 def hvp(
@@ -160,11 +160,11 @@ def hvp(
 
     def product(v: Sequence[Tensor], /) -> Sequence[Tensor]:
         _check_direction(params, list(v))
-        v = fsdp.spread_out(v, variables)
+        v = fsdp.redistribute_like(v, variables)
         pairs = [(g, x) for g, x in zip(grads, v, strict=True) if g is not None]
         outputs, vectors = [g for g, _ in pairs], [x for _, x in pairs]
         result = vector_jacobian(outputs, variables, vectors, retain_graph=True)
-        return [h for h in fsdp.scattered(params, variables, result) if h is not None]
+        return [h for h in fsdp.reduce_scatter(params, variables, result) if h is not None]
 
     return product
 

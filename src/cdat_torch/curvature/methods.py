@@ -30,7 +30,7 @@ from cdat_torch.kernels import (
     refuse_once_differentiable,
     replayable,
 )
-from cdat_torch.side_effects import RandomState, displace, put_back, without_trace
+from cdat_torch.side_effects import RandomState, displace, restore_values, without_side_effects
 from cdat_torch.spaces import TensorListSpace
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Point(NamedTuple):
         """Return the same point with a graph of its gradient."""
         loss = self.loss  # among several processes the loss is evaluated once
         if not several_processes():
-            with without_trace(self.params, self.start):
+            with without_side_effects(self.params, self.start):
                 loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
         grads = gradients_with_graph(loss, self.params)
         return self._replace(loss=loss, grads=grads, recording=None)
@@ -226,12 +226,12 @@ class FiniteDifference:
             displace(point.params, here, factor, point.direction)
             return keep(self._change(point))
 
-        with put_back(point.params, here):
+        with restore_values(point.params, here):
             return at(h), at(-h)
 
     def _change(self, point: Point) -> list[Tensor]:
         """Return what the gradient at the present parameters is more than that of the point."""
-        with without_trace(point.params, point.start):
+        with without_side_effects(point.params, point.start):
             loss = evaluate(point.loss_fn, "loss_fn")
             found = list(differentiate(loss, point.params).grads)
         change = []

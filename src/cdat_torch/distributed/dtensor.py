@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Return whether this is a DTensor; by name, because importing the class takes its time."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies in this process; changes in place reach the whole."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
@@ -32,17 +32,17 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(t) for t in tensors]
 
 
-def laid_out_like(tensor: Any, like: Any) -> Tensor:
+def match_placements(tensor: Any, like: Any) -> Tensor:
     """Return a DTensor in the placements of another one, differentiably; others as they are."""
-    if is_sharded(tensor) and tensor.placements != like.placements:
+    if is_dtensor(tensor) and tensor.placements != like.placements:
         tensor = tensor.redistribute(placements=like.placements)
     result: Tensor = tensor
     return result
 
 
-def part_of(whole: Tensor, like: Any) -> Tensor:
+def shard_like(whole: Tensor, like: Any) -> Tensor:
     """Return a tensor that each process holds as a whole, laid out like another one."""
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -52,9 +52,9 @@ def part_of(whole: Tensor, like: Any) -> Tensor:
     return result
 
 
-def from_part(part: Tensor, like: Any) -> Tensor:
+def from_local_like(part: Tensor, like: Any) -> Tensor:
     """Return a tensor laid out like another one, whose part in this process is `part`."""
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -68,9 +68,9 @@ def from_part(part: Tensor, like: Any) -> Tensor:
     )
 
 
-def settled(tensor: Any) -> Tensor:
+def resolve_partial(tensor: Any) -> Tensor:
     """Return a DTensor whose parts still have to be summed as that sum; others as they are."""
-    if is_sharded(tensor) and any(p.is_partial() for p in tensor.placements):
+    if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements):
         from torch.distributed.tensor import Replicate
 
         placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
@@ -94,7 +94,7 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
     total = torch.zeros_like(parts[0])
     spread: dict[Any, tuple[Any, Tensor]] = {}
     for part, tensor in zip(parts, tensors, strict=True):
-        if not is_sharded(tensor):
+        if not is_dtensor(tensor):
             total = total + part
             continue
         # Not is_shard, which is false for the strided shards of FSDP with tensor parallelism.
@@ -111,7 +111,7 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
 def all_agree(flag: bool, tensors: Iterable[Any]) -> bool:
     """Return whether `flag` holds in all processes that share sharded tensors with this one."""
     # Not a set, whose order differs between processes.
-    meshes = dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t))
+    meshes = dict.fromkeys(t.device_mesh for t in tensors if is_dtensor(t))
     if not meshes:
         return flag
     against = torch.tensor(float(not flag), device=next(iter(meshes)).device_type)

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cdat_torch.distributed.dtensor import from_part, is_sharded, local, sum_over_mesh
-from cdat_torch.interrupts import let_through
+from cdat_torch.distributed.dtensor import from_local_like, is_dtensor, local, sum_over_mesh
+from cdat_torch.interrupts import deliver_interrupts
 
 
 class _Home(NamedTuple):
@@ -44,7 +44,7 @@ def modules_of(params: Sequence[Tensor]) -> list[Any]:
 
     An optimizer knows parameters only, so the modules are looked up once among the living objects.
     """
-    sharded = [p for p in params if is_sharded(p)]
+    sharded = [p for p in params if is_dtensor(p)]
     if any(p not in _HOMES for p in sharded):
         _find_homes(sharded)
     homes = [_HOMES[p] for p in sharded]
@@ -63,7 +63,7 @@ def _find_homes(params: Sequence[Tensor]) -> None:
     for unit in sorted(living, key=lambda m: -sum(1 for _ in m.modules())):  # outermost first
         for owner in unit.modules():
             for name, p in owner._parameters.items():
-                if p is not None and is_sharded(p):
+                if p is not None and is_dtensor(p):
                     _HOMES[p] = _Home(weakref.ref(unit), weakref.ref(owner), name)
     for p in params:
         if p not in _HOMES:
@@ -99,7 +99,7 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
             p.grad = None
         for module in modules:
             module.set_requires_gradient_sync(sync)
-        with torch.enable_grad(), let_through():
+        with torch.enable_grad(), deliver_interrupts():
             loss.backward()  # type: ignore[no-untyped-call]
         return [p.grad for p in params]
     finally:
@@ -109,10 +109,10 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
             p.grad = grad
 
 
-def gathered(params: Sequence[Tensor]) -> list[Tensor]:
+def unshard(params: Sequence[Tensor]) -> list[Tensor]:
     """Gather the modules and return the tensors that they compute with, in the order of `params`.
 
-    They stay gathered until `release`, also when a backward pass has used them.
+    They stay gathered until `reshard`, also when a backward pass has used them.
     """
     for module in modules_of(params):
         if module not in _KEPT:
@@ -130,7 +130,7 @@ def _present(home: _Home) -> Tensor:
     return found
 
 
-def release(params: Sequence[Tensor]) -> None:
+def reshard(params: Sequence[Tensor]) -> None:
     """Let the modules hold their own parts only; what they gather next is up to date."""
     for module in modules_of(params):
         if module in _KEPT:
@@ -138,7 +138,7 @@ def release(params: Sequence[Tensor]) -> None:
         module.reshard()
 
 
-def scattered(
+def reduce_scatter(
     params: Sequence[Tensor], whole: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Return the mean of the processes' gradients, laid out like `params`.
@@ -148,7 +148,7 @@ def scattered(
     params : sequence of Tensor
         The parameters of the optimizer.
     whole : sequence of Tensor
-        What `gathered` returned for them.
+        What `unshard` returned for them.
     grads : sequence of Tensor or None
         The gradient of this process with respect to `whole`; None counts as zero, unless it is None
         in all processes.
@@ -178,7 +178,7 @@ def scattered(
     return result
 
 
-def means(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
+def average(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
     """Return the means of 0-d tensors over the processes that share `params`."""
     if not modules_of(params):
         return list(scalars)
@@ -189,11 +189,11 @@ def means(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
     return list((together / mesh.size()).unbind())
 
 
-def spread_out(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+def redistribute_like(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
     """Return a direction laid out like the parameters in the layout of the gathered ones."""
     result = []
     for u, w in zip(direction, whole, strict=True):
-        if not is_sharded(u) or (is_sharded(w) and w.device_mesh == u.device_mesh):  # type: ignore[attr-defined]
+        if not is_dtensor(u) or (is_dtensor(w) and w.device_mesh == u.device_mesh):  # type: ignore[attr-defined]
             result.append(u)
             continue
         from torch.distributed.tensor import Replicate
@@ -202,5 +202,5 @@ def spread_out(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Ten
         inner: list[Any] = list(getattr(w, "placements", ()))
         outer = d.device_mesh.ndim - len(inner)
         part = d.redistribute(placements=[*[Replicate()] * outer, *inner]).to_local()
-        result.append(from_part(part, w))
+        result.append(from_local_like(part, w))
     return result

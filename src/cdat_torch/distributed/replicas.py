@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.distributed.dtensor import from_part, is_sharded, local
+from cdat_torch.distributed.dtensor import from_local_like, is_dtensor, local
 from cdat_torch.distributed.fsdp import modules_of
 
 
@@ -85,7 +85,7 @@ class Replicas:
             flat.div_(self.size)
             sizes = [local(vector[i]).numel() for i in part]
             for i, piece in zip(part, torch.split(flat, sizes), strict=True):
-                means[i] = from_part(piece.view_as(local(vector[i])), vector[i])
+                means[i] = from_local_like(piece.view_as(local(vector[i])), vector[i])
         return means
 
     def check(self, params: Sequence[Tensor]) -> None:
@@ -102,7 +102,7 @@ class Replicas:
 
     def _holds_all_of(self, p: Tensor) -> bool:
         """Return whether what is to be averaged over the group is shared by the parameter."""
-        if not is_sharded(p):
+        if not is_dtensor(p):
             return False
         sharded: Any = p
         mesh = sharded.device_mesh

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cdat_core.extend import validation
-from cdat_torch.distributed.dtensor import part_of
+from cdat_torch.distributed.dtensor import shard_like
 from cdat_torch.spaces import TensorListSpace
 
 WARM_NOISE = 0.1
@@ -33,7 +33,7 @@ def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[Seque
         # Of a sharded parameter each process draws the whole and takes its part.
         drawn = torch.empty(p.shape, dtype=p.dtype, device=p.device)
         drawn = drawn.bernoulli_(0.5, generator=generators[p.device]).mul_(2.0).sub_(1.0)
-        return part_of(drawn, p)
+        return shard_like(drawn, p)
 
     return [[signs(p) for p in params] for _ in range(number)]
 

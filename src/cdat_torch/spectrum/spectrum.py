@@ -19,9 +19,9 @@ from cdat_core.extend import validation
 from cdat_torch.base.groups import check_params
 from cdat_torch.curvature.autograd import LossFn
 from cdat_torch.curvature.measure import hvp
-from cdat_torch.distributed.fsdp import release
+from cdat_torch.distributed.fsdp import reshard
 from cdat_torch.kernels import refuse_once_differentiable
-from cdat_torch.side_effects import random_state, without_trace
+from cdat_torch.side_effects import random_state, without_side_effects
 from cdat_torch.spaces import TensorListSpace
 from cdat_torch.spectrum.preconditioner import Preconditioner, Vector, inverse_square_root
 from cdat_torch.spectrum.probes import random_signs, warm_start
@@ -313,7 +313,7 @@ def _operator(
     Buffers are put back at the end and not before: normalisation layers keep them for backward.
     """
     apply = inverse_square_root(inverse_sqrt, params)
-    with reporter(progress, total) as report, without_trace(params, random_state(params)):
+    with reporter(progress, total) as report, without_side_effects(params, random_state(params)):
         hessian = hvp(_twice_differentiable(loss_fn), params)
         if apply is not None:
             hessian = cdat_core.preconditioned(hessian, apply, space=TensorListSpace())
@@ -326,7 +326,7 @@ def _operator(
         try:
             yield product
         finally:
-            release(params)
+            reshard(params)
 
 
 def _twice_differentiable(loss_fn: LossFn) -> LossFn:

@@ -13,8 +13,8 @@ from cdat_torch.curvature.autograd import Kernels, LossFn, evaluate
 from cdat_torch.curvature.fallback import evaluated
 from cdat_torch.curvature.methods import BY_NAME, Ways
 from cdat_torch.distributed.dtensor import all_agree, locals_of
-from cdat_torch.distributed.fsdp import scattered
-from cdat_torch.side_effects import Trace
+from cdat_torch.distributed.fsdp import reduce_scatter
+from cdat_torch.side_effects import SideEffects
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step.evaluation import ClosureLoss, Gradient
 
@@ -50,7 +50,9 @@ def evaluate_closure(closure: Any, params: Sequence[Tensor], kernels: Kernels) -
     return evaluate(checked, "closure", kernels=kernels)
 
 
-def closure_loss(closure: Any, params: Sequence[Tensor], ways: Ways, trace: Trace) -> ClosureLoss:
+def closure_loss(
+    closure: Any, params: Sequence[Tensor], ways: Ways, effects: SideEffects
+) -> ClosureLoss:
     """Evaluate the closure and its gradient, the latter also in ``p.grad``.
 
     Parameters
@@ -61,19 +63,19 @@ def closure_loss(closure: Any, params: Sequence[Tensor], ways: Ways, trace: Trac
         All that require a gradient.
     ways : sequence of str
         How the curvature is to be measured; empty if it is not.
-    trace : Trace
+    effects : SideEffects
         It takes note of what the evaluation changes.
     """
     refuse_grad_scaler()
     if ways:
         BY_NAME[ways[0]].check(closure, "closure")
     loss, (variables, grads, recording), ways = evaluated(
-        closure, lambda kernels: evaluate_closure(closure, params, kernels), params, ways, trace
+        closure, lambda kernels: evaluate_closure(closure, params, kernels), params, ways, effects
     )
-    for p, g in zip(params, scattered(params, variables, grads), strict=True):
+    for p, g in zip(params, reduce_scatter(params, variables, grads), strict=True):
         p.grad = g
     gradient = Gradient.known(params, variables, grads)
-    return ClosureLoss(closure, trace.start, loss, gradient, ways, recording)
+    return ClosureLoss(closure, effects.start, loss, gradient, ways, recording)
 
 
 def refuse_grad_scaler() -> None:

@@ -19,7 +19,7 @@ from cdat_torch.curvature.fallback import differentiated, given_up
 from cdat_torch.curvature.measure import hessian_product, quadratic_model
 from cdat_torch.curvature.methods import BY_NAME, Point, Ways, gradients_with_graph
 from cdat_torch.curvature.replay import Recording, Unsupported
-from cdat_torch.distributed.fsdp import gathered, scattered, spread_out
+from cdat_torch.distributed.fsdp import redistribute_like, reduce_scatter, unshard
 from cdat_torch.kernels import refuse_once_differentiable
 from cdat_torch.side_effects import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
@@ -59,7 +59,7 @@ class Gradient(NamedTuple):
         return found
 
     @property
-    def gathered(self) -> bool:
+    def unsharded(self) -> bool:
         """Whether modules gathered variables for a second derivative."""
         return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
 
@@ -71,23 +71,23 @@ class Gradient(NamedTuple):
         """
         try:
             exact = tuple(way for way in ways if way != "finite_difference")
-            yield exact if self.gathered else ways
+            yield exact if self.unsharded else ways
         except (RuntimeError, NotImplementedError) as error:
-            if self.gathered:
+            if self.unsharded:
                 error.add_note('for modules under fully_shard pass curvature="finite_difference"')
             raise
 
     def along(self, direction: Direction) -> Direction:
         """Return u, given by parameter, by variable."""
-        if not self.gathered:
+        if not self.unsharded:
             return direction
-        gathered(self.params)
-        u = spread_out([direction[p] for p in self.params], self.variables)
+        unshard(self.params)
+        u = redistribute_like([direction[p] for p in self.params], self.variables)
         return dict(zip(self.variables, u, strict=True))
 
     def by_param(self, vector: Sequence[Tensor]) -> Direction:
         """Return by parameter what is given by variable; the mean of what was gathered."""
-        means = scattered(self.params, self.variables, vector)
+        means = reduce_scatter(self.params, self.variables, vector)
         return {p: h for p, h in zip(self.params, means, strict=True) if h is not None}
 
     def slope(self, along: Direction) -> Tensor:
@@ -236,7 +236,7 @@ class MicroBatches:
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
         (variables, found, recording), self.ways = differentiated(scaled, params, ways, sync=sync)
         with torch.no_grad():
-            for p, shared in zip(params, scattered(params, variables, found), strict=True):
+            for p, shared in zip(params, reduce_scatter(params, variables, found), strict=True):
                 if shared is not None:
                     # A copy: what clips p.grad must not reach into the graph of the gradient.
                     p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)

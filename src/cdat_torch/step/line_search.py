@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.autograd import LossFn, check_scalar, differentiate
-from cdat_torch.interrupts import let_through
-from cdat_torch.side_effects import RandomState, moved, without_trace
+from cdat_torch.interrupts import deliver_interrupts
+from cdat_torch.side_effects import RandomState, temporary_values, without_side_effects
 from cdat_torch.spaces import TensorListSpace
 
 
@@ -39,8 +39,8 @@ def evaluate_trial(
         The slope is computed if this holds "slope"; without it no graph is built.
     """
     with_slope = "slope" in needs
-    with moved(params, there), without_trace(params, start):
-        with torch.set_grad_enabled(with_slope), let_through():
+    with temporary_values(params, there), without_side_effects(params, start):
+        with torch.set_grad_enabled(with_slope), deliver_interrupts():
             loss = closure()
         check_scalar(loss, "closure")
         if not with_slope:

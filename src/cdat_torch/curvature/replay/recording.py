@@ -25,7 +25,7 @@ from cdat_torch.curvature.replay.registry import (
     memory,
 )
 from cdat_torch.curvature.replay.verification import Mismatch, norm, verify
-from cdat_torch.distributed.dtensor import is_sharded
+from cdat_torch.distributed.dtensor import is_dtensor
 
 Pair = tuple[Tensor, Tensor]
 _VERIFIED: set[tuple[Any, ...]] = set()
@@ -57,7 +57,7 @@ class Recording:
     def __init__(
         self, loss: Tensor, variables: Sequence[Tensor], outputs: Sequence[Tensor] | None = None
     ) -> None:
-        if any(v.is_complex() or is_sharded(v) or not v.is_leaf for v in variables):
+        if any(v.is_complex() or is_dtensor(v) or not v.is_leaf for v in variables):
             msg = "parameters are complex, sharded or results of other operations"
             raise Unsupported(msg)
         self._graph = Graph(loss, variables, outputs)
