@@ -67,6 +67,13 @@ def open_fraction(name: str, value: Any) -> Hyperparameter:
     return _checked(name, value, lambda x: 0 < x < 1, "in (0, 1)")
 
 
+def optional(
+    check: Callable[[str, Any], Hyperparameter], name: str, value: Any
+) -> Hyperparameter | None:
+    """Apply `check` unless `value` is None."""
+    return None if value is None else check(name, value)
+
+
 def count(name: str, value: Any, *, minimum: int = 1) -> int:
     """Require a Python integer >= `minimum` (it fixes the length of a computation: static)."""
     msg = f"{name} must be an integer >= {minimum}, got {value!r}"

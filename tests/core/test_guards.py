@@ -1,5 +1,6 @@
 """Limits on the rate, and the tuners that do not look at the loss."""
 
+import inspect
 import math
 from itertools import pairwise
 
@@ -101,6 +102,37 @@ def test_upper_bound_holds_from_the_first_rate_on(scalar):
 def test_growth_cap_bounds_every_ratio(scalar, eps, history, growth):
     rates = follow(tuners.cdat(2.0, 0.0, max_growth=growth), scalar, history)
     assert all(b <= a * growth * (1 + 2 * eps) for a, b in pairwise(rates))
+
+
+def test_guard_options_are_those_of_cdat():
+    keyword_only = [
+        name
+        for name, parameter in inspect.signature(tuners.cdat).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    assert list(tuners.GuardOptions.__annotations__) == keyword_only
+
+
+FORWARDING = [
+    tuners.quadratically_greedy,
+    tuners.on_edge,
+    tuners.polyak,
+    tuners.hypergradient,
+    tuners.sharpness_edge,
+]
+
+
+@pytest.mark.parametrize("build", FORWARDING)
+def test_unknown_guard_is_refused(build):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_grwth'"):
+        build(max_grwth=2.0)
+
+
+@pytest.mark.parametrize("build", FORWARDING)
+@pytest.mark.parametrize("guard", list(tuners.GuardOptions.__annotations__))
+def test_every_guard_is_checked(build, guard):
+    with pytest.raises(ValueError, match=guard + r" must be a finite number >.* got -1\.0"):
+        build(**{guard: -1.0})
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1])

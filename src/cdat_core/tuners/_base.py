@@ -1,4 +1,4 @@
-"""What tuners share: their shape, the skip of non-finite measurements, guards on the rate."""
+"""What every tuner shares: its shape, its state, and the skip of non-finite measurements."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from typing import cast as typing_cast
 
-from cdat_core import _validation
-from cdat_core._arrays import cast, counter, filled, increment, namespace, require_floating
+from cdat_core._arrays import cast, increment, namespace, require_floating
 from cdat_core._types import Measurement, Scalar
 
 
@@ -149,60 +148,3 @@ class RateState(NamedTuple):
     rate: Scalar
     step: Scalar
     skipped: Scalar
-
-
-class Guards(NamedTuple):
-    """Limits on the learning rate; None switches a limit off. See `cdat` for what they mean."""
-
-    initial_learning_rate: Any = None
-    max_growth: Any = None
-    max_learning_rate: Any = None
-    max_shrink: Any = None
-
-    def start(self, like: Scalar) -> Scalar:
-        """Return the rate a state starts from: the start rate, or 0."""
-        initial = 0.0 if self.initial_learning_rate is None else self.initial_learning_rate
-        return filled(like, initial)
-
-    def start_state(self, like: Scalar) -> RateState:
-        """Return the state of a rule without averages before its first measurement."""
-        return RateState(self.start(like), counter(like), counter(like))
-
-    def limit(self, proposal: Scalar, previous: Scalar, *, first: Scalar) -> Scalar:
-        """Return `proposal` within the limits.
-
-        Parameters
-        ----------
-        proposal : Scalar
-            The rate the rule asks for.
-        previous : Scalar
-            The last positive rate, or what `start` returned.
-        first : Scalar
-            Boolean; whether no measurement has been used yet.
-        """
-        xp = namespace(previous)
-        if self.initial_learning_rate is not None:
-            proposal = xp.where(first & (proposal > previous), previous, proposal)
-        if self.max_growth is not None:
-            ceiling = cast(self.max_growth, previous) * previous
-            proposal = xp.where((previous > 0) & (proposal > ceiling), ceiling, proposal)
-        if self.max_shrink is not None:
-            floor = previous / cast(self.max_shrink, previous)
-            proposal = xp.where((proposal > 0) & (proposal < floor), floor, proposal)
-        if self.max_learning_rate is not None:
-            ceiling = filled(previous, self.max_learning_rate)
-            proposal = xp.where(proposal > ceiling, ceiling, proposal)
-        return proposal
-
-
-def checked_guards(initial_learning_rate: Any, max_growth: Any, max_learning_rate: Any) -> Guards:
-    """Return validated `Guards`."""
-    return Guards(
-        None
-        if initial_learning_rate is None
-        else _validation.positive("initial_learning_rate", initial_learning_rate),
-        None if max_growth is None else _validation.at_least_one("max_growth", max_growth),
-        None
-        if max_learning_rate is None
-        else _validation.positive("max_learning_rate", max_learning_rate),
-    )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from cdat_core import _validation
 from cdat_core._arrays import cast, increment, namespace
 from cdat_core._types import Measurement, Scalar
-from cdat_core.tuners._base import RateState, Tuner, checked_guards, from_rule
+from cdat_core.tuners._base import RateState, Tuner, from_rule
+from cdat_core.tuners._guards import GuardOptions, Guards
 
 
 def polyak(
     f_min: Any = 0.0,
-    *,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
+    **guards: Unpack[GuardOptions],
 ) -> Tuner[RateState]:
     """Step to where the linear model of the loss reaches `f_min`: ``eta = (f - f_min) / -slope``.
 
@@ -28,8 +26,8 @@ def polyak(
     ----------
     f_min : float
         The smallest value of the loss, finite, in its units.
-    initial_learning_rate, max_growth, max_learning_rate
-        As in `cdat`.
+    **guards
+        `initial_learning_rate`, `max_growth` and `max_learning_rate`, as in `cdat`.
 
     Returns
     -------
@@ -58,7 +56,7 @@ def polyak(
     1.5
     """
     f_min = _validation.finite("f_min", f_min)
-    guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+    limits = Guards.checked(**guards)
 
     def rule(measurement: Measurement, state: RateState) -> tuple[Scalar, RateState]:
         xp = namespace(state.rate)
@@ -70,18 +68,15 @@ def polyak(
         usable = descends & xp.isfinite(ratio)
         held = xp.where(descends, state.rate, zero)  # a ratio beyond the dtype says nothing
         proposal = xp.where(usable, xp.where(usable, ratio, zero), held)
-        rate = guards.limit(proposal, state.rate, first=state.step == 0)
+        rate = limits.limit(proposal, state.rate, first=state.step == 0)
         return rate, state._replace(step=increment(state.step, usable & (rate > 0)))
 
-    return from_rule(guards.start_state, rule, needs=("value", "slope"))
+    return from_rule(limits.start_state, rule, needs=("value", "slope"))
 
 
 def hypergradient(
     hyper_learning_rate: Any = 0.02,
-    *,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
+    **guards: Unpack[GuardOptions],
 ) -> Tuner[RateState]:
     """Let the rate itself descend: ``eta <- eta * (1 - hyper_learning_rate * h)``.
 
@@ -97,10 +92,9 @@ def hypergradient(
     ----------
     hyper_learning_rate : float
         Largest relative change of the rate in one update, in (0, 1).
-    initial_learning_rate : float, optional
-        The first rate. By default the first greedy rate, ``-slope / |curvature|``.
-    max_growth, max_learning_rate
-        As in `cdat`.
+    **guards
+        `initial_learning_rate` is the first rate; by default it is the first greedy rate,
+        ``-slope / |curvature|``. `max_growth` and `max_learning_rate` are as in `cdat`.
 
     Returns
     -------
@@ -130,7 +124,7 @@ def hypergradient(
     0.5
     """
     hyper_learning_rate = _validation.open_fraction("hyper_learning_rate", hyper_learning_rate)
-    guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+    limits = Guards.checked(**guards)
 
     def rule(measurement: Measurement, state: RateState) -> tuple[Scalar, RateState]:
         xp = namespace(state.rate)
@@ -148,18 +142,15 @@ def hypergradient(
         relative = xp.where(usable, slope + bend, zero) / xp.where(usable, total, one)
         moved = state.rate * (1 - cast(hyper_learning_rate, state.rate) * relative)
         proposal = xp.where(state.rate > 0, xp.where(xp.isfinite(moved), moved, state.rate), greedy)
-        rate = guards.limit(proposal, state.rate, first=state.step == 0)
+        rate = limits.limit(proposal, state.rate, first=state.step == 0)
         return rate, state._replace(step=increment(state.step, rate > 0))
 
-    return from_rule(guards.start_state, rule, needs=("slope", "curvature"))
+    return from_rule(limits.start_state, rule, needs=("slope", "curvature"))
 
 
 def sharpness_edge(
     sigma: Any = 2.0,
-    *,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
+    **guards: Unpack[GuardOptions],
 ) -> Tuner[RateState]:
     """Keep the product of rate and sharpness: ``eta = sigma / sharpness``.
 
@@ -173,8 +164,8 @@ def sharpness_edge(
     ----------
     sigma : float
         The product, > 0.
-    initial_learning_rate, max_growth, max_learning_rate
-        As in `cdat`.
+    **guards
+        `initial_learning_rate`, `max_growth` and `max_learning_rate`, as in `cdat`.
 
     Returns
     -------
@@ -197,7 +188,7 @@ def sharpness_edge(
     0.25
     """
     sigma = _validation.positive("sigma", sigma)
-    guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+    limits = Guards.checked(**guards)
 
     def rule(measurement: Measurement, state: RateState) -> tuple[Scalar, RateState]:
         xp = namespace(state.rate)
@@ -206,7 +197,7 @@ def sharpness_edge(
         ratio = cast(sigma, state.rate) / xp.where(positive, sharpness, xp.ones_like(state.rate))
         usable = positive & xp.isfinite(ratio)
         proposal = xp.where(usable, ratio, state.rate)
-        rate = guards.limit(proposal, state.rate, first=state.step == 0)
+        rate = limits.limit(proposal, state.rate, first=state.step == 0)
         return rate, state._replace(step=increment(state.step, usable))
 
-    return from_rule(guards.start_state, rule, needs=("sharpness",))
+    return from_rule(limits.start_state, rule, needs=("sharpness",))

@@ -8,7 +8,8 @@ from typing import Any
 from cdat_core import _validation
 from cdat_core._arrays import filled, namespace
 from cdat_core._types import Measurement, Scalar
-from cdat_core.tuners._base import Guards, RateState, Tuner, from_rule
+from cdat_core.tuners._base import RateState, Tuner, from_rule
+from cdat_core.tuners._guards import Guards
 
 
 def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[RateState]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from cdat_core import _validation
 from cdat_core._arrays import cast, counter, namespace
 from cdat_core._types import Measurement, Scalar
-from cdat_core.tuners._base import Guards, Tuner, checked_guards, from_rule
+from cdat_core.tuners._base import Tuner, from_rule
+from cdat_core.tuners._guards import GuardOptions, Guards
 
 
 class CDATState(NamedTuple):
@@ -104,7 +105,11 @@ def cdat(
     sigma = _validation.positive("sigma", sigma)
     decay = _validation.fraction("decay", decay)
     eps = _validation.nonnegative("eps", eps)
-    guards = checked_guards(initial_learning_rate, max_growth, max_learning_rate)
+    guards = Guards.checked(
+        initial_learning_rate=initial_learning_rate,
+        max_growth=max_growth,
+        max_learning_rate=max_learning_rate,
+    )
     return _averaged(sigma, decay, eps, guards)
 
 
@@ -148,10 +153,7 @@ def _averaged(sigma: Any, decay: Any, eps: Any, guards: Guards) -> Tuner[CDATSta
 def quadratically_greedy(
     decay: Any = 0.0,
     eps: Any = 0.0,
-    *,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
+    **guards: Unpack[GuardOptions],
 ) -> Tuner[CDATState]:
     """Minimise the quadratic model along the update: ``eta = -slope / |curvature|``.
 
@@ -161,8 +163,10 @@ def quadratically_greedy(
 
     Parameters
     ----------
-    decay, eps, initial_learning_rate, max_growth, max_learning_rate
+    decay, eps
         As in `cdat`.
+    **guards
+        `initial_learning_rate`, `max_growth` and `max_learning_rate`, as in `cdat`.
 
     Returns
     -------
@@ -180,23 +184,13 @@ def quadratically_greedy(
     >>> float(rate)
     0.5
     """
-    return cdat(
-        1.0,
-        decay,
-        eps,
-        initial_learning_rate=initial_learning_rate,
-        max_growth=max_growth,
-        max_learning_rate=max_learning_rate,
-    )
+    return cdat(1.0, decay, eps, **guards)
 
 
 def on_edge(
     decay: Any = 0.0,
     eps: Any = 0.0,
-    *,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
+    **guards: Unpack[GuardOptions],
 ) -> Tuner[CDATState]:
     """Step to where the quadratic model equals the present loss: ``eta = -2 slope / |curvature|``.
 
@@ -204,8 +198,10 @@ def on_edge(
 
     Parameters
     ----------
-    decay, eps, initial_learning_rate, max_growth, max_learning_rate
+    decay, eps
         As in `cdat`.
+    **guards
+        `initial_learning_rate`, `max_growth` and `max_learning_rate`, as in `cdat`.
 
     Returns
     -------
@@ -223,14 +219,7 @@ def on_edge(
     >>> float(rate)
     1.0
     """
-    return cdat(
-        2.0,
-        decay,
-        eps,
-        initial_learning_rate=initial_learning_rate,
-        max_growth=max_growth,
-        max_learning_rate=max_learning_rate,
-    )
+    return cdat(2.0, decay, eps, **guards)
 
 
 def gen(
@@ -275,7 +264,10 @@ def gen(
     0.5
     0.25
     """
-    guards = checked_guards(initial_learning_rate, 2.0, max_learning_rate)
-    return _averaged(
-        1.0, _validation.fraction("decay", decay), 0.0, guards._replace(max_shrink=2.0)
+    decay = _validation.fraction("decay", decay)
+    guards = Guards.checked(
+        initial_learning_rate=initial_learning_rate,
+        max_growth=2.0,
+        max_learning_rate=max_learning_rate,
     )
+    return _averaged(1.0, decay, 0.0, guards._replace(max_shrink=2.0))

@@ -1,0 +1,106 @@
+"""Guards: limits on the learning rate that most tuners accept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypedDict
+
+from cdat_core._arrays import cast, counter, filled, namespace
+from cdat_core._types import Scalar
+from cdat_core._validation import at_least_one, optional, positive
+from cdat_core.tuners._base import RateState
+
+
+class GuardOptions(TypedDict, total=False):
+    """The keyword arguments that limit the learning rate, for ``**guards`` in a signature.
+
+    A missing key, or None, switches a guard off. Wherever the caller's function only passes the
+    guards on, ``**guards: Unpack[GuardOptions]`` keeps them type-checked without naming them again.
+
+    Attributes
+    ----------
+    initial_learning_rate : float or None
+        Upper bound of the first rate, > 0, and the rate held until a curvature is known.
+    max_growth : float or None
+        Largest factor, >= 1, from the last positive rate to the next one.
+    max_learning_rate : float or None
+        Largest rate, > 0.
+
+    Examples
+    --------
+    >>> from typing import Unpack
+    >>> from cdat_core import tuners
+    >>> def careful(sigma: float, **guards: Unpack[tuners.GuardOptions]) -> tuners.Tuner:
+    ...     return tuners.cdat(sigma, 0.99, **guards)
+    >>> tuner = careful(1.9, max_growth=1.1)
+    """
+
+    initial_learning_rate: Any
+    max_growth: Any
+    max_learning_rate: Any
+
+
+class Guards(NamedTuple):
+    """Limits on the learning rate; None switches a limit off. See `cdat` for their meaning."""
+
+    initial_learning_rate: Any = None
+    max_growth: Any = None
+    max_learning_rate: Any = None
+    max_shrink: Any = None
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        initial_learning_rate: Any = None,
+        max_growth: Any = None,
+        max_learning_rate: Any = None,
+    ) -> Guards:
+        """Return validated guards; the arguments are the keys of `GuardOptions`.
+
+        Raises
+        ------
+        ValueError
+            If a guard is out of its range.
+        TypeError
+            If a guard is not a real number or an array of real numbers.
+        """
+        return cls(
+            optional(positive, "initial_learning_rate", initial_learning_rate),
+            optional(at_least_one, "max_growth", max_growth),
+            optional(positive, "max_learning_rate", max_learning_rate),
+        )
+
+    def start(self, like: Scalar) -> Scalar:
+        """Return the rate of a state before its first measurement: the initial rate, or 0."""
+        initial = 0.0 if self.initial_learning_rate is None else self.initial_learning_rate
+        return filled(like, initial)
+
+    def start_state(self, like: Scalar) -> RateState:
+        """Return the state of a tuner without averages before its first measurement."""
+        return RateState(self.start(like), counter(like), counter(like))
+
+    def limit(self, proposal: Scalar, previous: Scalar, *, first: Scalar) -> Scalar:
+        """Return `proposal` within the limits.
+
+        Parameters
+        ----------
+        proposal : Scalar
+            The rate before the limits.
+        previous : Scalar
+            The last positive rate; before the first one, the result of `start`.
+        first : Scalar
+            Boolean; whether no measurement has been used yet.
+        """
+        xp = namespace(previous)
+        if self.initial_learning_rate is not None:
+            proposal = xp.where(first & (proposal > previous), previous, proposal)
+        if self.max_growth is not None:
+            ceiling = cast(self.max_growth, previous) * previous
+            proposal = xp.where((previous > 0) & (proposal > ceiling), ceiling, proposal)
+        if self.max_shrink is not None:
+            floor = previous / cast(self.max_shrink, previous)
+            proposal = xp.where((proposal > 0) & (proposal < floor), floor, proposal)
+        if self.max_learning_rate is not None:
+            ceiling = filled(previous, self.max_learning_rate)
+            proposal = xp.where(proposal > ceiling, ceiling, proposal)
+        return proposal
