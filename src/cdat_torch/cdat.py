@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
 from cdat_core import tuners
+from cdat_core.tuners import GuardOptions
 from cdat_torch.optimizer import TunedOptimizer
 
 
@@ -36,29 +37,19 @@ class CDAT(TunedOptimizer):
     def __init__(
         self,
         base: Optimizer,
+        *,
         sigma: Any = 2.0,
         decay: Any = 0.9,
         eps: Any = 0.0,
-        *,
-        initial_learning_rate: Any = None,
-        max_growth: Any = None,
-        max_learning_rate: Any = None,
         curvature: str = "auto",
         every: int = 1,
         max_consecutive_skips: int | None = None,
         process_group: Any = None,
+        **guards: Unpack[GuardOptions],
     ) -> None:
-        tuner = tuners.cdat(
-            sigma,
-            decay,
-            eps,
-            initial_learning_rate=initial_learning_rate,
-            max_growth=max_growth,
-            max_learning_rate=max_learning_rate,
-        )
         super().__init__(
             base,
-            tuner,
+            tuners.cdat(sigma, decay, eps, **guards),
             curvature=curvature,
             every=every,
             max_consecutive_skips=max_consecutive_skips,

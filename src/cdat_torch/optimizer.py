@@ -1,8 +1,8 @@
-"""Wrapping any ``torch.optim`` optimizer with a tuned learning rate.
+"""Any ``torch.optim`` optimizer with a tuned learning rate.
 
-One step: the closure or `backward` gives loss and gradient, the base optimizer the direction u,
-`cdat_torch.step.evaluation` the measurement along it, the core tuner the rate, and the parameters
-move by rate times multiplier times u.
+`TunedOptimizer.step` reads from top to bottom. The closure or `backward` gives the loss and its
+gradient, the base optimizer proposes the direction u, `cdat_torch.step` measures along it and asks
+the tuner for the rate, and the parameters move by rate times multiplier times u.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cdat_torch.interrupts import defer_interrupts
 from cdat_torch.side_effects import SideEffects, restore_on_error
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step import checkpoint
-from cdat_torch.step.closure import all_finite, closure_loss
+from cdat_torch.step.closure import closure_loss
 from cdat_torch.step.evaluation import ClosureLoss, MicroBatches, PlainGradient, StepLoss
-from cdat_torch.step.rate import Decision, SearchRule, TunerRule, rule
+from cdat_torch.step.info import Decision, SkipCount, all_finite
+from cdat_torch.step.rate import rate_rule
 from cdat_torch.step.sharpness import SharpnessTracker
-from cdat_torch.step.skips import SkipCount
 
 
 class TunedOptimizer(Optimizer):
@@ -42,52 +42,51 @@ class TunedOptimizer(Optimizer):
         loss = optimizer.step(lambda: F.cross_entropy(model(x), y))
 
     On wrapping, ``group["lr"]`` becomes a multiplier: the group's learning rate over the default of
-    the base, so 1.0 unless groups differ. Learning-rate schedulers attach to the wrapper and drive
-    that multiplier. The tuned rate, before the multiplier, is ``group["tuned_lr"]``. The measured
-    direction weighs the groups by their multipliers at wrapping; what a scheduler does to them
-    later is applied after tuning.
+    the base, so 1.0 unless groups differ. Attach learning-rate schedulers to the wrapper: they
+    drive that multiplier. The tuned rate, before the multiplier, is ``group["tuned_lr"]``. The
+    measured direction weighs the groups by their multipliers at wrapping; the factors of a
+    scheduler are applied after tuning.
 
-    If loss or gradient is not finite the step is skipped: parameters, the state of the base and the
-    averages of the tuner stay, and the count in `last` grows. That test reads one number from the
-    device in each step. The same holds if only the curvature is not finite; for that the base first
-    steps on copies of its state, and for good when the measurement is known.
+    If loss, gradient or curvature is not finite the step is skipped: parameters, the state of the
+    base and the averages of the tuner stay as they are, and the count in `last` grows. The test of
+    loss and gradient reads one number from the device in each step.
 
-    Trainers, clipping and accumulation need no closure: call `backward` in the place of
+    Trainers, clipping and accumulation need no closure: call `backward` instead of
     ``loss.backward()``, then ``step()``.
 
-    With several processes (``torch.distributed``) each evaluates the loss of its own part of the
-    batch, and the optimizer averages gradients, loss, slope and curvature; all take the same step
-    bit for bit. The model may be wrapped in DistributedDataParallel, whose own reduction is then
-    not used, in ``fully_shard``, or be tensor parallel. Weigh the losses of unequal parts so that
-    their mean is the loss of the whole.
+    With several processes (``torch.distributed``) each evaluates the loss of its part of the batch,
+    and the optimizer averages gradients, loss, slope and curvature; all take the same step, bit for
+    bit. The model may be wrapped in DistributedDataParallel, whose own all-reduce is then not used,
+    in ``fully_shard``, or be tensor parallel. If the parts are unequal, weigh their losses so that
+    the mean is the loss of the whole batch.
 
     Parameters
     ----------
     base : torch.optim.Optimizer
         The optimizer that gives the direction. It must not have a scheduler yet.
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
-        The rule for the rate. A line search evaluates the closure again for each trial, with the
-        same random numbers and without moving buffers such as BatchNorm's running statistics; with
-        a gradient only if the search asks for the slope of a trial.
+        It chooses the rate. A line search evaluates the closure again for each trial, with the same
+        random numbers and without changing buffers such as BatchNorm's running statistics, and
+        computes a gradient only if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `cdat_torch.measure`.
     every : int
-        Measure the curvature every so many steps and hold the rate in between; after a skipped step
-        it is measured at once. The same holds for the sharpness.
+        Measure curvature and sharpness every so many steps and hold the rate in between; the step
+        after a skipped one measures.
     sharpness_matvecs : int
-        Hessian-vector products to spend on the sharpness, if the tuner needs it, in each step that
-        measures; the first one spends at least 20, because it starts from a random vector. Each
-        costs two to three gradients, and as many vectors like the parameters are in memory.
+        Hessian-vector products for the sharpness, if the tuner needs it, in each step that
+        measures; the first measurement takes at least 20, because it starts from a random vector.
+        Each costs two to three gradients and keeps one vector like the parameters in memory.
     inverse_sqrt : callable, optional
-        ``v -> P^-1/2 v`` on lists of tensors like the parameters that require grad: the sharpness
-        is then that of ``P^-1/2 H P^-1/2``. It is called after the base has updated its state. By
-        default P is ``sqrt(v_hat) + eps`` for Adam and AdamW, and the identity for all others.
+        ``v -> P^-1/2 v`` on lists of tensors like the parameters that require grad; the sharpness
+        is the largest eigenvalue of ``P^-1/2 H P^-1/2``. It is called after the base has updated
+        its state. By default P is ``sqrt(v_hat) + eps`` for Adam and AdamW, else the identity.
     max_consecutive_skips : int, optional
         Raise a RuntimeError after so many skipped steps in a row. This reads one more number from
-        the device in each step. By default a run of skips goes on.
+        the device in each step. By default there is no limit.
     process_group : torch.distributed.ProcessGroup or False, optional
-        The processes that train copies of the model; by default all, if ``torch.distributed`` is
-        initialised. False keeps this process to itself.
+        The processes that train replicas of the model; by default all, if ``torch.distributed`` is
+        initialised. False means this process alone.
 
     Attributes
     ----------
@@ -104,8 +103,7 @@ class TunedOptimizer(Optimizer):
     Examples
     --------
     >>> import torch
-    >>> from cdat_core import tuners
-    >>> from cdat_torch import TunedOptimizer
+    >>>     >>> from cdat_torch import TunedOptimizer
     >>> w = torch.zeros(2, requires_grad=True)
     >>> optimizer = TunedOptimizer(torch.optim.SGD([w]), tuners.cdat(sigma=1.0))
     >>> loss = optimizer.step(lambda: ((w - 3.0) ** 2).sum())
@@ -133,13 +131,13 @@ class TunedOptimizer(Optimizer):
         first = params[0]
         zero = torch.zeros((), dtype=scalar_dtype(first.device), device=first.device)
         tracker = SharpnessTracker(base, num_matvecs=sharpness_matvecs, inverse_sqrt=inverse_sqrt)
-        self._rule: TunerRule | SearchRule = rule(
+        self._rule = rate_rule(
             tuner_or_search, zero, curvature=curvature, every=every, tracker=tracker
         )
         skips = SkipCount(first.device, max_consecutive_skips)
         multipliers = [groups.multiplier(group, base.defaults) for group in base.param_groups]
-        # Nothing was changed up to here. Optimizer.__init__ would replace groups and state, which
-        # this wrapper shares with its base; __setstate__ sets up the hooks alone.
+        # Nothing has changed up to here. Optimizer.__init__ would replace groups and state, which
+        # this wrapper shares with its base; __setstate__ only sets up the hooks.
         self.base = base
         self.defaults = {**base.defaults, "lr": 1.0}
         self.__setstate__({})
@@ -162,7 +160,7 @@ class TunedOptimizer(Optimizer):
         return self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but graphs, for copies and pickles; `state_dict` is for checkpoints."""
+        """Return everything but graphs, for copies and pickles."""
         return {**self.__dict__, "_micro_batches": MicroBatches()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -184,7 +182,8 @@ class TunedOptimizer(Optimizer):
         Returns
         -------
         dict
-            As of every ``torch.optim`` optimizer; loads with ``torch.load(weights_only=True)``.
+            Shaped as for every ``torch.optim`` optimizer; loads with
+            ``torch.load(weights_only=True)``.
         """
         saved = checkpoint.with_tuner(
             super().state_dict(), self._rule.state, int(self._skips.total), self._rule.until_refresh
@@ -196,19 +195,19 @@ class TunedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; everything is checked before anything changes.
 
-        The state of a plain optimizer loads too, with a warning: the tuner then starts cold and the
+        The state of a plain optimizer loads too, with a warning: the tuner then starts anew and the
         multipliers stay as they are.
 
         Parameters
         ----------
         state_dict : dict
-            The state of an equally built optimizer.
+            The state of an optimizer that was built alike.
 
         Raises
         ------
         ValueError
-            If the state belongs to another tuner or to other parameters, or holds something that is
-            not finite, negative or of another shape.
+            If the state belongs to another tuner or to other parameters, or holds a number that is
+            negative or not finite, or a tensor of another shape.
         """
         saved, tuner = checkpoint.split(state_dict, self._rule.state, self.param_groups)
         checkpoint.check_base_state(saved, self.base)
@@ -221,20 +220,19 @@ class TunedOptimizer(Optimizer):
             group["tuned_lr"] = self._rate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what `backward` has gathered for a step that did not come."""
+        """Clear the gradients, and what `backward` has kept for a step that did not come."""
         self._micro_batches.free()
         self._micro_batches = MicroBatches()
         reshard(self._trainable())
         super().zero_grad(set_to_none)
 
     def backward(self, loss: Tensor, *, scaler: Any = None, sync: bool = True) -> None:
-        """Differentiate a loss, in the place of ``loss.backward()``; then clip, then `step()`.
+        """Differentiate a loss, instead of ``loss.backward()``; then clip, then `step()`.
 
         Gradients add up in ``p.grad``. Several calls before a step accumulate: the losses, their
-        slopes and curvatures add up too, exactly, so divide each loss by the number of
-        micro-batches as usual. In a step that measures the curvature the graphs stay in memory
-        until the step. Clip or change ``p.grad`` afterwards as you like; the slope is that of the
-        loss.
+        slopes and curvatures add up exactly too, so divide each loss by the number of micro-batches
+        as usual. If the step measures the curvature, the graphs stay in memory until the step.
+        Clip or change ``p.grad`` afterwards as you like; the slope remains that of the loss.
 
         Parameters
         ----------
@@ -250,7 +248,7 @@ class TunedOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If the loss is not a scalar with a graph, or the rule or the way to compute the
+            If the loss is not a scalar with a graph, or if the line search or the method for the
             curvature needs a closure.
         """
         again = self._rule.needs_closure
@@ -262,8 +260,8 @@ class TunedOptimizer(Optimizer):
         params, batches = self._trainable(), self._micro_batches
         with defer_interrupts():
             try:
-                ways = self._rule.ways if self._rule.measures else ()
-                batches.add(loss, params, ways=batches.ways or ways, scaler=scaler, sync=sync)
+                methods = batches.methods or self._rule.methods_now
+                batches.add(loss, params, methods=methods, scaler=scaler, sync=sync)
             finally:
                 reshard(params)  # so that model.parameters() has the gradients, for clipping
             batches.reduced = self._replicas.size == 1
@@ -294,7 +292,7 @@ class TunedOptimizer(Optimizer):
         ------
         TypeError
             If neither a closure nor `backward` gave a loss, or the closure called backward or
-            returned something else than a tensor.
+            returned something other than a tensor.
         ValueError
             If the loss is not a scalar or does not depend on the parameters.
         RuntimeError
@@ -302,15 +300,15 @@ class TunedOptimizer(Optimizer):
 
         Notes
         -----
-        A step is taken wholly or not at all. If the closure raises in any call or Ctrl-C comes in
-        between, parameters, ``.grad``, the state of the base, averages, buffers and random state
-        are as before, bit for bit; only buffers that compiled modules moved in the first call are
-        not. Earlier gradients are kept for that during the step: `zero_grad` spares their memory.
+        A step is atomic. If the closure raises in any call, or on Ctrl-C, parameters, ``.grad``,
+        the state of the base, averages, buffers and random state are as before, bit for bit, except
+        buffers that compiled modules changed in the first call. To that end the step keeps earlier
+        gradients in memory; `zero_grad` before it saves that.
         """
         params = [] if closure is None else self._trainable()
         with restore_on_error(params) as effects, torch.no_grad():
             try:
-                evaluation = self._evaluated(closure, effects)
+                evaluation = self._evaluate(closure, effects)
                 if evaluation is None:
                     self.base.step()
                     return None
@@ -318,7 +316,7 @@ class TunedOptimizer(Optimizer):
             finally:
                 self._micro_batches = MicroBatches()
                 reshard(self._trainable())
-        self._skips.refuse_many()
+        self._skips.raise_if_too_many()
         if isinstance(evaluation, ClosureLoss) and value is not None:
             return value.to(evaluation.loss.dtype)
         return value
@@ -326,16 +324,13 @@ class TunedOptimizer(Optimizer):
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _evaluated(
-        self, closure: Callable[[], Any] | None, effects: SideEffects
-    ) -> StepLoss | None:
-        """Return loss and gradient, the latter also in ``p.grad``; None to pass a step through."""
+    def _evaluate(self, closure: Callable[[], Any] | None, effects: SideEffects) -> StepLoss | None:
+        """Return loss and gradient, the latter in ``p.grad`` too; None if the base steps alone."""
         if closure is not None:
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
-            ways = self._rule.ways if self._rule.measures else ()
-            return closure_loss(closure, self._trainable(), ways, effects)
+            return closure_loss(closure, self._trainable(), self._rule.methods_now, effects)
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -347,41 +342,51 @@ class TunedOptimizer(Optimizer):
             return PlainGradient([p for p in self._trainable() if p.grad is not None])
         msg = (
             "step needs the loss: pass a closure that returns it, or call optimizer.backward(loss) "
-            f"in the place of loss.backward(), got closure={closure!r}"
+            f"instead of loss.backward(), got closure={closure!r}"
         )
         raise TypeError(msg)
 
     def _advance(self, evaluation: StepLoss) -> Tensor | None:
-        """Ask the base for the direction, the tuner for the rate, and move."""
+        """Ask the base for the direction and the tuner for the rate, and move."""
         value = evaluation.value
         if isinstance(evaluation, ClosureLoss):
             value = self._replicas.average_gradients(self._trainable(), evaluation.value)
         params = [p for p in self._trainable() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
+        decision: Decision | None
         if not all_finite([*([] if value is None else [value]), *grads]):
             self._rule.miss()
-            self._conclude(value, Decision.none(self._rate))
-            return value
+            decision = Decision.skipped(self._rate)
+        else:
+            decision = self._rule.step_held(self.base, self._rate, replicas=self._replicas)
+            if decision is None:
+                decision = self._measure_and_move(evaluation, value, params)
+        self._rate = decision.rate
+        self._skips.add(decision.skip)
+        for group in self.param_groups:
+            group["tuned_lr"] = decision.rate
+        self.last = decision.info(value, self._skips.total)
+        return value
 
-        held = self._rule.held_step(self.base, self._rate, replicas=self._replicas)
-        if held is not None:
-            self._conclude(value, held)
-            return value
-
+    def _measure_and_move(
+        self, evaluation: StepLoss, value: Tensor | None, params: list[Tensor]
+    ) -> Decision:
+        """Let the base propose its step, measure along it, and move at the tuned rate."""
+        rule = self._rule
         tentative = None
-        if self._rule.measures or self._rule.needs_closure or self._replicas.size > 1:  # may fail
-            tentative = tentative_step(self.base, params, read=self._rule.tracker is not None)
+        if rule.measures or rule.needs_closure or self._replicas.size > 1:  # may fail
+            tentative = tentative_step(self.base, params, read=rule.tracker is not None)
         try:
             direction = tentative.direction if tentative else base_direction(self.base, params)
-            step = locals_of(direction)  # what is done in place is done to these
+            step = locals_of(direction)
             weights, factors = groups.weights_and_factors(self.param_groups, params)
             groups.scale_in_place(step, weights)
-            if self._rule.along_step:
+            if rule.measures_scheduled_step:
                 groups.scale_in_place(step, factors)
-            decision = self._rule.choose(
+            decision = rule.choose(
                 evaluation, value, params, direction, present=self._rate, replicas=self._replicas
             )
-            if not self._rule.along_step:
+            if not rule.measures_scheduled_step:
                 groups.scale_in_place(step, factors)
         except BaseException:
             if tentative:
@@ -389,13 +394,4 @@ class TunedOptimizer(Optimizer):
             raise
         if not (tentative and tentative.conclude(decision.rate, skip=decision.skip)):
             groups.move(locals_of(params), step, decision.rate, skip=decision.skip)
-        self._conclude(value, decision)
-        return value
-
-    def _conclude(self, value: Tensor | None, decision: Decision) -> None:
-        """Record what the step measured and decided."""
-        self._rate = decision.rate
-        self._skips.add(decision.skip)
-        for group in self.param_groups:
-            group["tuned_lr"] = decision.rate
-        self.last = decision.info(value, self._skips.total)
+        return decision

@@ -133,7 +133,7 @@ def test_a_right_oracle_passes(dtype):
         ((value, gradient, lambda w: lambda v: np.cosh(w) * v), "derivative of <g, u>"),
         ((lambda w: np.nan, gradient, hvp_at), "derivative of the loss"),
     ],
-    ids=["gradient", "hessian", "gauss-newton", "nan"],
+    ids=["gradient", "hvp", "gauss-newton", "nan"],
 )
 def test_a_wrong_oracle_is_told_what_is_wrong(functions, message):
     with pytest.raises(AssertionError, match=f"oracle: .*{message}.* fails"):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CompositeLoss, TunedOptimizer, measure, sharpness
+from cdat_torch.curvature.fallback import Methods
 from cdat_torch.interrupts import defer_interrupts, deliver_interrupts
 
 WAYS: dict[str, dict[str, Any]] = {
     "replay": {},
-    "hessian": {"curvature": "hessian"},
+    "hvp": {"curvature": "hvp"},
     "gauss_newton": {"curvature": "gauss_newton"},
     "forward mode": {"curvature": "gauss_newton"},
     "finite_difference": {"curvature": "finite_difference"},
@@ -57,7 +58,7 @@ class Training:
         self.curvature = options.get("curvature", "auto")
         self.optimizer = TunedOptimizer(base(self.model.parameters()), **options)
         if way == "forward mode":
-            self.optimizer._rule.ways = ("gauss_newton",)
+            self.optimizer._rule.methods = Methods(("gauss_newton",))
         self.calls, self.raises_at = 0, 0
         self.raises: BaseException = Broken()
         self.closure = CompositeLoss(self._outputs, self._loss)
@@ -195,10 +196,10 @@ class CtrlC:
 MOMENTS = 25
 SWEPT = [
     *((way, "step") for way in WAYS),
-    *((way, "measure") for way in ("replay", "hessian", "gauss_newton", "finite_difference")),
-    ("hessian", "sharpness"),
+    *((way, "measure") for way in ("replay", "hvp", "gauss_newton", "finite_difference")),
+    ("hvp", "sharpness"),
     ("replay", "backward"),
-    ("hessian", "backward"),
+    ("hvp", "backward"),
 ]
 
 
@@ -278,7 +279,7 @@ def test_a_handler_that_does_not_raise_is_called_and_the_step_goes_on() -> None:
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_without_a_handler_nothing_is_put_in_its_place(handler: signal.Handlers) -> None:
-    training, seen = Training("hessian"), []
+    training, seen = Training("hvp"), []
     outputs = training._outputs
 
     def looking() -> Tensor:
@@ -292,7 +293,7 @@ def test_without_a_handler_nothing_is_put_in_its_place(handler: signal.Handlers)
 
 
 def test_a_handler_that_the_closure_sets_stays() -> None:
-    training = Training("hessian")
+    training = Training("hvp")
     outputs, handler = training._outputs, lambda signum, frame: None
 
     def setting() -> Tensor:

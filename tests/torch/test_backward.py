@@ -146,13 +146,13 @@ def test_several_losses_that_are_not_replayed_exactly_are_differentiated_twice(m
     model, x, y = problem()
     other = copy.deepcopy(model)
     ours = CDAT(BASES["sgd"](model.parameters()), sigma=1.0, decay=0.0)
-    theirs = CDAT(BASES["sgd"](other.parameters()), sigma=1.0, decay=0.0, curvature="hessian")
+    theirs = CDAT(BASES["sgd"](other.parameters()), sigma=1.0, decay=0.0, curvature="hvp")
     for part in (slice(0, 12), slice(12, 24)):
         ours.backward(F.cross_entropy(model(x[part]), y[part]) / 2)
     with pytest.warns(UserWarning, match="TanhBackward0") as caught:
         ours.step()
     assert len(caught) == 1
-    assert ours.last.method == "hessian"
+    assert ours.last.method == "hvp"
     theirs.step(lambda: F.cross_entropy(other(x), y))
     assert_same_run((model, ours), (other, theirs))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cdat_core
-from cdat_torch import TensorListSpace, hvp, measure
+from cdat_torch import CDAT, TensorListSpace, hvp, measure
 from tests.torch.models import dense_hessian, flat, mlp, parameters, random_like
 
 
@@ -119,7 +119,7 @@ def test_finite_differences_match_double_backward_on_a_smooth_network() -> None:
     model, x = mlp(5, 8, 3), torch.randn(20, 5, dtype=torch.float64)
     params = parameters(model)
     u = random_like(params)
-    exact = measure(lambda: model(x).square().mean(), params, u, curvature="hessian")
+    exact = measure(lambda: model(x).square().mean(), params, u, curvature="hvp")
     difference = measure(lambda: model(x).square().mean(), params, u, curvature="finite_difference")
     torch.testing.assert_close(difference.curvature, exact.curvature, rtol=1e-7, atol=0)
     torch.testing.assert_close(difference.slope, exact.slope)
@@ -216,7 +216,7 @@ def test_auto_falls_back_to_finite_differences_with_one_warning() -> None:
     torch.testing.assert_close(float(measurement.curvature), 12.0, rtol=1e-8, atol=0)
     assert w.tolist() == [1.0, 2.0]
     with pytest.raises(NotImplementedError, match="OnceDifferentiable is marked"):
-        measure(lambda: OnceDifferentiable.apply(w).sum(), [w], u, curvature="hessian")
+        measure(lambda: OnceDifferentiable.apply(w).sum(), [w], u, curvature="hvp")
 
 
 def test_finite_differences_restore_bits_buffers_and_random_state() -> None:
@@ -333,3 +333,33 @@ def test_the_product_refuses_what_it_would_silently_drop() -> None:
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="once_differentiable"):
         hvp(lambda: OnceDifferentiable.apply(w).sum(), [w])
+
+
+def test_the_old_name_of_double_backward_still_works_with_a_warning() -> None:
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    u = [torch.tensor([0.0, 1.0])]
+    with pytest.warns(DeprecationWarning, match='"hessian" is deprecated') as caught:
+        old = measure(lambda: (w**3).sum(), [w], u, curvature="hessian")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert old == measure(lambda: (w**3).sum(), [w], u, curvature="hvp")
+
+    with pytest.warns(DeprecationWarning, match='"hessian" is deprecated') as caught:
+        optimizer = CDAT(torch.optim.SGD([w]), curvature="hessian")
+    assert [warning.filename for warning in caught] == [__file__]
+    optimizer.step(lambda: (w**3).sum())
+    assert optimizer.last is not None
+    assert optimizer.last.method == "hvp"
+
+
+def test_the_method_of_the_other_adapter_is_explained() -> None:
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="got 'forward'; \"forward\" is a method of cdat_jax"):
+        measure(lambda: (w**3).sum(), [w], [torch.ones(2)], curvature="forward")
+
+
+def test_hyperparameters_are_keyword_only() -> None:
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="positional"):
+        CDAT(torch.optim.SGD([w]), 1.9)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="sigm"):
+        CDAT(torch.optim.SGD([w]), sigm=1.9)

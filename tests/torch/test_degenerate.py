@@ -14,7 +14,7 @@ from cdat_torch import CompositeLoss, TunedOptimizer
 SCALE = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
 START = torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64)
 SLOPES = torch.tensor([0.4, -1.0, 2.0], dtype=torch.float64)
-METHODS = ["hessian", "gauss_newton", "finite_difference"]
+METHODS = ["hvp", "gauss_newton", "finite_difference"]
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "momentum": lambda p, **options: torch.optim.SGD(p, momentum=0.9, **options),

@@ -52,7 +52,7 @@ def dense_gauss_newton(
 @pytest.fixture(autouse=True, params=[True, False], ids=["replay", "forward mode"])
 def replayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With a PyTorch that the replay was not tested with, a forward-mode pass takes over."""
-    monkeypatch.setattr("cdat_torch.curvature.methods.IS_TESTED", request.param)
+    monkeypatch.setattr("cdat_torch.curvature.fallback.IS_TESTED", request.param)
     return bool(request.param)
 
 
@@ -202,7 +202,7 @@ def test_on_a_linear_model_it_is_the_hessian() -> None:
     params = parameters(model)
     u = random_like(params)
     loss = CompositeLoss(lambda: model(x), lambda z: F.cross_entropy(z, y))
-    exact = measure(loss, params, u, curvature="hessian")
+    exact = measure(loss, params, u, curvature="hvp")
     found = measure(loss, params, u, curvature="gauss_newton")
     for a, b in zip(found[:3], exact[:3], strict=True):
         assert a.dtype == torch.float64
@@ -219,7 +219,7 @@ def test_it_is_not_negative_where_the_hessian_is(dtype: torch.dtype) -> None:
     for _ in range(30):
         u = random_like(params)
         assert measure(loss, params, u, curvature="gauss_newton").curvature > 0
-        signs.add(bool(measure(loss, params, u, curvature="hessian").curvature > 0))
+        signs.add(bool(measure(loss, params, u, curvature="hvp").curvature > 0))
     assert signs == {True, False}  # the model's own second derivatives matter here
 
 

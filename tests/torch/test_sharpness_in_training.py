@@ -280,7 +280,7 @@ def test_what_cannot_be_measured_is_refused_when_wrapping() -> None:
     problem = Problem()
     base = torch.optim.SGD(problem.model.parameters())
     for options, error, message in (
-        ({"curvature": "gauss_newton"}, ValueError, 'pass curvature="hessian" or "finite_diff'),
+        ({"curvature": "gauss_newton"}, ValueError, 'pass curvature="hvp" or "finite_diff'),
         ({"sharpness_matvecs": 0}, ValueError, "sharpness_matvecs must be an integer >= 1, got 0"),
         ({"inverse_sqrt": 2.0}, TypeError, "inverse_sqrt must be a callable v -> P.*, got 2.0"),
     ):

@@ -1,17 +1,17 @@
-"""Evaluating a loss so that its curvature can be measured, in the first of several ways that works.
+"""Which method measures the curvature, and what follows where it does not work.
 
-Whether a graph can be replayed shows only when it is there. If it cannot, the loss is evaluated
-once more for the next way, and that one stays in use. Among several processes the loss is evaluated
-once, because its forward pass may take all of them and only one may find a graph that it cannot
-replay: then with kernels whose graph serves double backward as well.
+`Methods` is the list to try, in order. Only once a graph exists can we tell whether it can be
+replayed. If not, the loss is evaluated once more for the next method, which then stays in use. With
+several processes the loss is evaluated only once: its forward pass may need all of them, while
+perhaps only one has a graph that cannot be replayed. Its kernels then suit double backward too.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,24 +19,156 @@ from torch import Tensor
 
 from cdat_torch.curvature.autograd import Differentiated, Kernels, LossFn, differentiate
 from cdat_torch.curvature.gauss_newton import CompositeLoss, first_line, tensors_of
-from cdat_torch.curvature.methods import BY_NAME, REPLAYED_GAUSS_NEWTON, Ways
-from cdat_torch.curvature.replay import Mismatch, Unsupported
+from cdat_torch.curvature.methods import (
+    BY_NAME,
+    REPLAYED_GAUSS_NEWTON,
+    WITH_PRODUCT,
+    Method,
+    NoCurvature,
+)
+from cdat_torch.curvature.replay import IS_TESTED, Mismatch, Unsupported
 from cdat_torch.distributed.replicas import several_processes
 from cdat_torch.kernels import anything_compiled, further_differentiable, logger
+from cdat_torch.messages import warn
 from cdat_torch.side_effects import SideEffects
 
 T = TypeVar("T")
-_CALLED = {"hessian": "double backward", "gauss_newton": "a forward-mode pass"}
+
+CURVATURES = ("auto", "replay", "hvp", "gauss_newton", "finite_difference")
+"""What `curvature` may be."""
+
+_DESCRIPTIONS = {"hvp": "double backward", "gauss_newton": "a forward-mode pass"}
 
 
-def evaluated(
+@dataclass(frozen=True)
+class Methods:
+    """The methods that are left to measure a curvature, in the order in which they are tried.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Keys of `BY_NAME`: the method in use, then those to fall back on. Empty if no curvature is
+        measured.
+    """
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def named(cls, curvature: str) -> Methods:
+        """Return the methods that ``curvature=...`` stands for.
+
+        Raises
+        ------
+        ValueError
+            If there is no such method.
+        """
+        if curvature == "hessian":
+            warn('curvature="hessian" is deprecated: it is called "hvp" now', DeprecationWarning)
+            curvature = "hvp"
+        if curvature not in CURVATURES:
+            hint = '; "forward" is a method of cdat_jax' if curvature == "forward" else ""
+            msg = f"curvature must be one of {CURVATURES}, got {curvature!r}{hint}"
+            raise ValueError(msg)
+        if curvature == "auto":
+            return cls((*(("replay",) if IS_TESTED else ()), "hvp", "finite_difference"))
+        if curvature == "gauss_newton":
+            return cls((*((REPLAYED_GAUSS_NEWTON,) if IS_TESTED else ()), curvature))
+        return cls((curvature,))
+
+    @classmethod
+    def with_product(cls, curvature: str) -> Methods:
+        """Return the methods that ``curvature=...`` stands for and that can multiply with H.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        methods = cls(
+            tuple(n for n in cls.named(curvature).names if isinstance(BY_NAME[n], WITH_PRODUCT))
+        )
+        if not methods:
+            msg = (
+                f'curvature="{curvature}" does not give the sharpness that tuner_or_search needs; '
+                'pass curvature="hvp" or "finite_difference"'
+            )
+            raise ValueError(msg)
+        return methods
+
+    def __bool__(self) -> bool:
+        """Return whether a curvature is measured at all."""
+        return bool(self.names)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether the method of this name is left."""
+        return name in self.names
+
+    @property
+    def current(self) -> Method:
+        """The method in use."""
+        return BY_NAME[self.names[0]] if self.names else _NO_CURVATURE
+
+    def without(self, name: str) -> Methods:
+        """Return the other methods."""
+        return Methods(tuple(other for other in self.names if other != name))
+
+    def fall_back(self, error: Exception) -> Methods:
+        """Return the methods after the one in use and tell the user; raise `error` if none is left.
+
+        Parameters
+        ----------
+        error : Exception
+            Why the method in use does not work.
+        """
+        if len(self.names) <= 1:
+            raise error
+        rest = Methods(self.names[1:])
+        reason, following = first_line(error), rest.names[0]
+        following = _DESCRIPTIONS.get(following, following)
+        if isinstance(error, Mismatch):
+            warn(
+                f"the autograd graph was not replayed exactly ({reason}); the curvature comes from "
+                f"{following} instead. Please report this with the operation"
+            )
+        elif isinstance(error, Unsupported):
+            logger.log(
+                logging.INFO,
+                "the autograd graph cannot be replayed (%s); the curvature comes from %s instead, "
+                "which costs more",
+                reason,
+                following,
+            )
+        else:
+            warn(
+                f"the loss has an operation without a second derivative ({reason}); the curvature "
+                "comes from central finite differences of gradients instead: two more evaluations "
+                "of the loss for each product with the Hessian"
+            )
+        return rest
+
+    def first_that_works(self, compute: Callable[[Method], T]) -> tuple[T, Methods]:
+        """Return the result of `compute` for the first method that works, and the methods left."""
+        methods = self
+        while True:
+            try:
+                return compute(methods.current), methods
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                methods = methods.fall_back(error)
+
+
+_NO_CURVATURE = NoCurvature()
+
+
+def evaluate_with_fallback(
     loss_fn: LossFn,
     evaluate: Callable[[Kernels], Tensor],
     params: Sequence[Tensor],
-    ways: Ways,
+    methods: Methods,
     effects: SideEffects,
-) -> tuple[Tensor, Differentiated, Ways]:
-    """Return a loss, its first derivative, and the ways that are left to measure its curvature.
+) -> tuple[Tensor, Differentiated, Methods]:
+    """Evaluate and differentiate a loss so that the first method that works can measure it.
 
     Parameters
     ----------
@@ -46,100 +178,75 @@ def evaluated(
         Evaluates `loss_fn` with a choice of kernels.
     params : sequence of Tensor
         The parameters.
-    ways : sequence of str
-        None of them if no curvature is to be measured.
+    methods : Methods
+        The methods to try.
     effects : SideEffects
-        It takes note of what the evaluation changes.
+        It records what the evaluation changes.
+
+    Returns
+    -------
+    Tensor, Differentiated, Methods
+        The loss, its first derivative, and the methods left.
     """
-    together = several_processes()
-    if together and ways[:1] == (REPLAYED_GAUSS_NEWTON,):
-        ways = ways[1:]  # the other way evaluates the model again
+    several = several_processes()
+    if several:
+        methods = methods.without(REPLAYED_GAUSS_NEWTON)  # the other one evaluates the model again
     while True:
-        method = BY_NAME[ways[0]] if ways else None
-        kernels = method.kernels if method else nullcontext
-        if together and method is not None and method.recorded:
+        kernels = methods.current.kernels
+        if several and methods.current.record:
             kernels = further_differentiable
-        # compiled modules do not say which buffers they move, and hooks would compile them anew
+        # Compiled modules do not say which buffers they change, and hooks would recompile them.
         buffers = kernels is not nullcontext or not anything_compiled()
-        with effects.record(buffers=buffers), _outputs(loss_fn, ways) as outputs:
+        with effects.record(buffers=buffers), _recorded_outputs(loss_fn, methods) as outputs:
             loss = evaluate(kernels)
         try:
-            return loss, *differentiated(loss, params, ways, outputs=outputs, again=together)
+            return loss, _differentiate(loss, params, methods, outputs), methods
         except Unsupported as error:
-            ways = given_up(ways, error)
-            effects.restore()
+            methods = methods.fall_back(error)
+        if several:
+            return loss, *differentiate_with_fallback(loss, params, methods)
+        effects.restore()
+
+
+def differentiate_with_fallback(
+    loss: Tensor, params: Sequence[Tensor], methods: Methods, *, sync: bool = True
+) -> tuple[Differentiated, Methods]:
+    """Return the first derivative of `loss` for the first method that works, and the methods left.
+
+    See `cdat_torch.curvature.autograd.differentiate` for `sync`.
+    """
+    while True:
+        try:
+            return _differentiate(loss, params, methods, sync=sync), methods
+        except Unsupported as error:
+            methods = methods.fall_back(error)
+
+
+def _differentiate(
+    loss: Tensor,
+    params: Sequence[Tensor],
+    methods: Methods,
+    outputs: list[Any] | None = None,
+    *,
+    sync: bool = True,
+) -> Differentiated:
+    with torch.enable_grad():
+        return differentiate(
+            loss,
+            params,
+            create_graph=methods.current.create_graph,
+            record=methods.current.record,
+            outputs=None if outputs is None else tensors_of(outputs),
+            sync=sync,
+        )
 
 
 @contextmanager
-def _outputs(loss_fn: LossFn, ways: Ways) -> Iterator[list[Any] | None]:
-    """Give a list of the outputs of the model, if the first way needs them."""
-    if ways[:1] == (REPLAYED_GAUSS_NEWTON,) and isinstance(loss_fn, CompositeLoss):
+def _recorded_outputs(loss_fn: LossFn, methods: Methods) -> Iterator[list[Any] | None]:
+    """Give a list of the outputs of the model, if the method in use needs them."""
+    replayed = methods.names[:1] == (REPLAYED_GAUSS_NEWTON,)
+    if replayed and isinstance(loss_fn, CompositeLoss):
         with loss_fn.noting_outputs() as outputs:
             yield outputs
     else:
         yield None
-
-
-def differentiated(
-    loss: Tensor,
-    params: Sequence[Tensor],
-    ways: Ways,
-    *,
-    outputs: list[Any] | None = None,
-    again: bool = True,
-    sync: bool = True,
-) -> tuple[Differentiated, Ways]:
-    """Differentiate for the first way; with `again` for the next one where that does not work."""
-    while True:
-        method = BY_NAME[ways[0]] if ways else None
-        twice, record = (method.differentiated_twice, method.recorded) if method else (False, False)
-        try:
-            with torch.enable_grad():
-                ends = None if outputs is None else tensors_of(outputs)
-                return differentiate(
-                    loss, params, create_graph=twice, record=record, outputs=ends, sync=sync
-                ), ways
-        except Unsupported as error:
-            if not again:
-                raise
-            ways = given_up(ways, error)
-
-
-def first_that_works(ways: Ways, compute: Callable[[str], T]) -> tuple[T, Ways]:
-    """Return what `compute` returns for the first way that works, and the ways from there on."""
-    while True:
-        try:
-            return compute(ways[0]), ways
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            ways = given_up(ways, error)
-
-
-def given_up(ways: Ways, error: Exception) -> Ways:
-    """Return the ways after the first one, and tell the user; raise `error` if there are none."""
-    if len(ways) == 1:
-        raise error
-    reason, rest = first_line(error), ways[1:]
-    if isinstance(error, Mismatch):
-        warnings.warn(
-            f"the autograd graph was not replayed exactly ({reason}); the curvature comes from "
-            f"{_CALLED.get(rest[0], rest[0])} instead. Please report this with the operation",
-            stacklevel=5,
-        )
-    elif isinstance(error, Unsupported):
-        logger.log(
-            logging.INFO,
-            "the autograd graph cannot be replayed (%s); the curvature comes from %s instead, "
-            "which costs more",
-            reason,
-            _CALLED.get(rest[0], rest[0]),
-        )
-    else:
-        warnings.warn(
-            f"the loss has an operation without a second derivative ({reason}); the curvature "
-            "comes from central finite differences of gradients instead: two further evaluations "
-            "of the loss for each product with the Hessian",
-            stacklevel=5,
-        )
-    return rest

@@ -62,7 +62,7 @@ class CompositeLoss:
     >>> u = [torch.tensor([0.0, 1.0])]
     >>> float(measure(loss, [w], u, curvature="gauss_newton").curvature)
     16.0
-    >>> float(measure(loss, [w], u, curvature="hessian").curvature)
+    >>> float(measure(loss, [w], u, curvature="hvp").curvature)
     14.0
     """
 

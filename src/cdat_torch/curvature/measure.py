@@ -1,10 +1,10 @@
 """Slope and curvature of a PyTorch loss along a direction.
 
-The exact ways are to replay the autograd graph that the loss has just built, and double backward:
-the gradient is taken with ``create_graph=True``, and the product with the Hessian is one more
-reverse pass. Nested forward-mode differentiation is never used: in PyTorch it silently drops terms
-in normalisation layers (pytorch/pytorch issues 196699, 196700, 198017).
-`cdat_torch.curvature.methods` holds these ways and the others.
+There are two exact methods. One replays the autograd graph that the loss has just built. The other
+is double backward: the gradient is taken with ``create_graph=True``, and the product with the
+Hessian is one more reverse pass. Nested forward-mode differentiation is never used: in PyTorch it
+silently drops terms in normalisation layers (pytorch/pytorch issues 196699, 196700, 198017).
+`cdat_torch.curvature.methods` holds all methods.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 import cdat_core
 from cdat_torch.curvature.autograd import LossFn, differentiate, evaluate, vector_jacobian
-from cdat_torch.curvature.fallback import evaluated, first_that_works
-from cdat_torch.curvature.methods import BY_NAME, Point, Ways, ways_named, with_product
+from cdat_torch.curvature.fallback import Methods, evaluate_with_fallback
+from cdat_torch.curvature.methods import EvaluatedLoss
 from cdat_torch.distributed import fsdp
 from cdat_torch.kernels import further_differentiable, refuse_once_differentiable
 from cdat_torch.side_effects import restore_on_error
@@ -42,11 +42,11 @@ def measure(
     curvature : str
         How to compute the curvature:
 
-        - "auto": the first of "replay", "hessian" and "finite_difference" that works; a warning
-          says so where an operation has no second derivative;
+        - "auto": the first of "replay", "hvp" and "finite_difference" that works; a warning says
+          so where an operation has no second derivative;
         - "replay": <u, H u> by carrying u through the graph that the loss has built, exact and the
           cheapest; a RuntimeError names an operation that it does not know;
-        - "hessian": <u, H u> by double backward, exact;
+        - "hvp": <u, H u> by double backward, exact ("hessian" is the old, deprecated name);
         - "gauss_newton": <Ju, H_loss Ju>, where J is the derivative of the model's outputs and
           H_loss the Hessian of the loss of the outputs. `loss_fn` must be a
           `cdat_torch.CompositeLoss`; where that loss is convex the curvature is not negative;
@@ -67,22 +67,24 @@ def measure(
 
     Notes
     -----
-    "replay" takes the graph as it is, fused attention included; only recurrent layers run without
-    the kernels of oneDNN and cuDNN, and modules under ``torch.compile`` uncompiled. "hessian" and
-    "gauss_newton" evaluate models with the kernels that can be differentiated further: scaled
-    dot-product attention uses its math kernel, recurrent layers their native one, and modules under
-    ``torch.compile`` run uncompiled. With "hessian" this is the forward pass of the training step;
-    with "gauss_newton" it is a pass of its own, which leaves no trace. The logger "cdat_torch" says
-    so once, at level INFO.
+    "replay" takes the graph as it is, fused attention included; but recurrent layers run without
+    the kernels of oneDNN and cuDNN, and modules under ``torch.compile`` run uncompiled. "hvp" and
+    "gauss_newton" use kernels that can be differentiated twice: scaled dot-product attention runs
+    its math kernel, recurrent layers run their native one, and modules under ``torch.compile`` run
+    uncompiled. With "hvp" this is the forward pass of the training step; with "gauss_newton" it is
+    a separate pass, whose side effects are undone. The logger "cdat_torch" says so once, at level
+    INFO.
 
-    A custom ``torch.autograd.Function`` must have a differentiable backward for "hessian", and a
-    ``jvp`` or a differentiable backward for "gauss_newton". Where its backward is marked
-    ``once_differentiable`` that is noticed; a backward that computes with detached tensors is not.
-    Of parameters that are sharded over processes (DTensors) `direction` has the layout. All of the
-    processes call this, and get the same numbers: under ``fully_shard`` the means of their losses.
+    A custom ``torch.autograd.Function`` must have a differentiable backward for "hvp", and a
+    ``jvp`` or a differentiable backward for "gauss_newton". A backward marked
+    ``once_differentiable`` is detected; a backward that computes with detached tensors is not.
 
-    For ``Embedding(padding_idx=...)`` the direction must be zero in the padding row, as that of
-    every ``torch.optim`` optimizer is while the row itself is zero.
+    If parameters are sharded over processes (DTensors), `direction` must be sharded alike. All of
+    these processes must call this, and all get the same numbers; under ``fully_shard`` these are
+    means over the losses of the processes.
+
+    For ``Embedding(padding_idx=...)`` the direction must be zero in the padding row. The direction
+    of every ``torch.optim`` optimizer is, as long as the row itself is zero.
 
     Examples
     --------
@@ -93,25 +95,25 @@ def measure(
     >>> [float(x) for x in measurement[:3]]
     [9.0, 12.0, 12.0]
     """
-    ways = ways_named(curvature)
+    methods = Methods.named(curvature)
     params, direction = list(params), list(direction)
     _check_direction(params, direction)
-    BY_NAME[ways[0]].check(loss_fn, "loss_fn")
+    methods.current.check(loss_fn, "loss_fn")
     try:
         with restore_on_error(params) as effects:
-            loss, (variables, grads, recording), ways = evaluated(
+            loss, (variables, grads, recording), methods = evaluate_with_fallback(
                 loss_fn,
                 lambda kernels: evaluate(loss_fn, "loss_fn", kernels=kernels),
                 params,
-                ways,
+                methods,
                 effects,
             )
             direction = fsdp.redistribute_like(direction, variables)
             present = [i for i, g in enumerate(grads) if g is not None]
             w, u = [variables[i] for i in present], [direction[i] for i in present]
             g = [grad for grad in grads if grad is not None]
-            point = Point(loss_fn, loss, g, w, u, effects.start, recording)
-            (slope, second), _ = quadratic_model(point, ways=ways)
+            evaluated = EvaluatedLoss(loss_fn, loss, g, w, u, effects.start, recording)
+            (slope, second), _ = methods.first_that_works(lambda method: method.along(evaluated))
             scalars = [loss.detach().to(slope), slope, second]
             return cdat_core.Measurement(*fsdp.average(params, scalars))
     finally:
@@ -124,7 +126,7 @@ def hvp(
     """Return the Hessian-vector product of the loss at the present parameters.
 
     The loss is evaluated once; each product is one reverse pass through the graph of its gradient,
-    which lives as long as the returned callable. Modules under ``fully_shard`` stay gathered until
+    which lives as long as the returned callable. Modules under ``fully_shard`` stay unsharded until
     a backward pass or their ``reshard()``.
 
     Parameters
@@ -167,20 +169,6 @@ def hvp(
         return [h for h in fsdp.reduce_scatter(params, variables, result) if h is not None]
 
     return product
-
-
-def quadratic_model(point: Point, *, ways: Ways) -> tuple[tuple[Tensor, Tensor], Ways]:
-    """Return <g, u> and <u, C u>, and the ways that are left, the one that gave them first."""
-    return first_that_works(ways, lambda name: BY_NAME[name].along(point))
-
-
-def hessian_product(
-    point: Point, *, ways: Ways, retain_graph: bool
-) -> tuple[Sequence[Tensor], Ways]:
-    """Return H u and the ways that are left; without `retain_graph` it is the last product."""
-    return first_that_works(
-        ways, lambda name: with_product(name).product(point, retain_graph=retain_graph)
-    )
 
 
 def _check_direction(params: Sequence[Tensor], direction: Sequence[Tensor]) -> None:

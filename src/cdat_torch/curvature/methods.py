@@ -1,7 +1,7 @@
-"""The ways to compute a directional curvature, behind one interface.
+"""The methods for a directional curvature, behind one interface.
 
-A `Method` says what it needs of the evaluation of the loss, checks that a loss suits it, and turns
-an evaluated `Point` into <u, C u>. To add one, write it and name it in `BY_NAME`.
+A `Method` says what the evaluation of the loss must keep, checks that a loss suits it, and turns an
+`EvaluatedLoss` into <g, u> and <u, C u>. To add a method, write it here and name it in `BY_NAME`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdat_torch.curvature.autograd import (
     vector_jacobian,
 )
 from cdat_torch.curvature.gauss_newton import CompositeLoss, gauss_newton_curvature
-from cdat_torch.curvature.replay import IS_TESTED, Recording
+from cdat_torch.curvature.replay import Recording
 from cdat_torch.distributed.replicas import several_processes
 from cdat_torch.kernels import (
     further_differentiable,
@@ -36,23 +36,23 @@ from cdat_torch.spaces import TensorListSpace
 T = TypeVar("T")
 
 
-class Point(NamedTuple):
-    """A loss that was evaluated, with its gradient, and a direction.
+class EvaluatedLoss(NamedTuple):
+    """The loss at the present parameters, its gradient, and a direction.
 
     Attributes
     ----------
     loss_fn : callable
-        The loss.
+        The function that returned the loss.
     loss : Tensor
-        What it returned, with its graph.
+        The loss, with its graph.
     grads : sequence of Tensor
-        The gradient; with a graph if the method is `Method.differentiated_twice`.
+        The gradient; it has a graph if the method asks for one (`Method.create_graph`).
     params, direction : sequence of Tensor
         The parameters that have a gradient, and u.
     start : RandomState
         The random state from which `loss_fn` was evaluated.
     recording : Recording or None
-        What was watched of the backward pass, if the method is `Method.recorded`.
+        The recorded backward pass, if the method asks for one (`Method.record`).
     """
 
     loss_fn: LossFn
@@ -67,9 +67,9 @@ class Point(NamedTuple):
         """Return <g, u>, a 0-d float64 tensor."""
         return TensorListSpace().vdot([g.detach() for g in self.grads], self.direction)
 
-    def evaluated_again(self) -> Point:
-        """Return the same point with a graph of its gradient."""
-        loss = self.loss  # among several processes the loss is evaluated once
+    def evaluated_again(self) -> EvaluatedLoss:
+        """Return the same loss, with a graph of its gradient."""
+        loss = self.loss  # with several processes the loss is evaluated only once
         if not several_processes():
             with without_side_effects(self.params, self.start):
                 loss = evaluate(self.loss_fn, "loss_fn", kernels=further_differentiable)
@@ -84,74 +84,96 @@ def gradients_with_graph(loss: Tensor, variables: Sequence[Tensor]) -> list[Tens
 
 
 class Method(Protocol):
-    """One way to compute <u, C u>."""
+    """A method for <u, C u>."""
 
     @property
     def kernels(self) -> Kernels:
         """The choice of kernels for the evaluation of the loss."""
 
     @property
-    def differentiated_twice(self) -> bool:
-        """Whether the gradient is to be computed with a graph for double backward."""
+    def create_graph(self) -> bool:
+        """Whether the gradient needs a graph, for double backward."""
 
     @property
-    def recorded(self) -> bool:
-        """Whether the backward pass is to be watched."""
+    def record(self) -> bool:
+        """Whether the backward pass must be recorded, for the replay."""
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Raise a TypeError if the method cannot use this kind of loss."""
 
-    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, C u>, 0-d float64 tensors."""
 
 
-class Replay:
-    """The graph of the loss carries the direction, with the adjoints that backward computed."""
+class NoCurvature:
+    """The loss and its gradient alone, for a step that does not measure the curvature."""
 
-    kernels = staticmethod(replayable)
-    differentiated_twice = False
-    recorded = True
+    kernels = staticmethod(nullcontext)
+    create_graph = False
+    record = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, point: Point) -> tuple[Tensor, Tensor]:
-        """Return <g, u> and <u, H u>; `Mismatch` if the replayed <g, u> is another one."""
-        assert point.recording is not None
-        u = dict(zip(point.params, point.direction, strict=True))
-        found = point.recording.along(point.grads, u)
-        point.recording.free()
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+        """Raise: nothing was kept to compute a curvature from."""
+        msg = "the loss was evaluated without its curvature"
+        raise NotImplementedError(msg)
+
+
+class Replay:
+    """Carry u through the graph of the loss, with the adjoints that backward computed."""
+
+    kernels = staticmethod(replayable)
+    create_graph = False
+    record = True
+
+    def check(self, loss_fn: Any, argument: str) -> None:
+        """Accept every loss."""
+
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>; raise `Mismatch` if the replayed <g, u> differs."""
+        assert evaluated.recording is not None
+        u = dict(zip(evaluated.params, evaluated.direction, strict=True))
+        found = evaluated.recording.along(evaluated.grads, u)
+        evaluated.recording.free()
         return found
 
 
-class Hessian:
+class DoubleBackward:
     """Double backward through the graph of the gradient."""
 
     kernels = staticmethod(further_differentiable)
-    differentiated_twice = True
-    recorded = False
+    create_graph = True
+    record = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, point: Point) -> tuple[Tensor, Tensor]:
-        """Return <g, u> and <u, H u>; RuntimeError if an operation has no second derivative."""
-        slope = point.slope()
-        if point.recording is not None:  # the graph turned out not to be one that can be replayed
-            point = point.evaluated_again()
-        product = self.product(point, retain_graph=False)
-        return slope, TensorListSpace().vdot(point.direction, product)
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>.
 
-    def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
+        Raises
+        ------
+        RuntimeError
+            If an operation has no second derivative.
+        """
+        slope = evaluated.slope()
+        if evaluated.recording is not None:  # the replay failed after it had recorded the graph
+            evaluated = evaluated.evaluated_again()
+        product = self.product(evaluated, retain_graph=False)
+        return slope, TensorListSpace().vdot(evaluated.direction, product)
+
+    def product(self, evaluated: EvaluatedLoss, *, retain_graph: bool) -> list[Tensor]:
         """Return H u."""
-        refuse_once_differentiable(point.loss)
+        refuse_once_differentiable(evaluated.loss)
         return vector_jacobian(
-            point.grads, point.params, point.direction, retain_graph=retain_graph
+            evaluated.grads, evaluated.params, evaluated.direction, retain_graph=retain_graph
         )
 
 
 class ReplayedGaussNewton(Replay):
-    """The same with a model that counts as linear: <Ju, H_loss Ju>."""
+    """The replay with a model that counts as linear: <Ju, H_loss Ju>."""
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept a `CompositeLoss` only."""
@@ -162,8 +184,8 @@ class GaussNewton:
     """One forward-mode pass through the model, and double backward through its loss."""
 
     kernels = staticmethod(nullcontext)
-    differentiated_twice = False
-    recorded = False
+    create_graph = False
+    record = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept a `CompositeLoss` only."""
@@ -175,67 +197,76 @@ class GaussNewton:
             )
             raise TypeError(msg)
 
-    def along(self, point: Point) -> tuple[Tensor, Tensor]:
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <Ju, H_loss Ju>."""
-        self.check(point.loss_fn, "loss_fn")
-        loss_fn = point.loss_fn
+        self.check(evaluated.loss_fn, "loss_fn")
+        loss_fn = evaluated.loss_fn
         assert isinstance(loss_fn, CompositeLoss)
-        curvature = gauss_newton_curvature(loss_fn, point.params, point.direction, point.start)
-        return point.slope(), curvature
+        curvature = gauss_newton_curvature(
+            loss_fn, evaluated.params, evaluated.direction, evaluated.start
+        )
+        return evaluated.slope(), curvature
 
 
 class FiniteDifference:
     """The central difference of two gradients."""
 
     kernels = staticmethod(nullcontext)
-    differentiated_twice = False
-    recorded = False
+    create_graph = False
+    record = False
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, point: Point) -> tuple[Tensor, Tensor]:
-        """Return <g, u> and its difference quotient; the loss is evaluated twice more."""
-        space, h = TensorListSpace(), self._displacement(point)
-        forward, backward = self._changes(point, h, lambda c: space.vdot(c, point.direction))
+    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u> by a central difference; two more evaluations of the loss."""
+        space, h = TensorListSpace(), self._displacement(evaluated)
+        forward, backward = self._changes(
+            evaluated, h, lambda c: space.vdot(c, evaluated.direction)
+        )
         curvature: Tensor = (forward - backward) * (0.5 * safe_reciprocal(h))
-        return point.slope(), curvature
+        return evaluated.slope(), curvature
 
-    def product(self, point: Point, *, retain_graph: bool) -> list[Tensor]:
-        """Return the difference quotient of g; there is no graph to retain."""
+    def product(self, evaluated: EvaluatedLoss, *, retain_graph: bool) -> list[Tensor]:
+        """Return H u by a central difference; there is no graph to retain."""
         del retain_graph
-        space, h = TensorListSpace(), self._displacement(point)
-        forward, backward = self._changes(point, h, lambda change: change)
+        space, h = TensorListSpace(), self._displacement(evaluated)
+        forward, backward = self._changes(evaluated, h, lambda change: change)
         return space.scale(0.5 * safe_reciprocal(h), space.add_scale(forward, -1.0, backward))
 
-    def _displacement(self, point: Point) -> Tensor:
-        # the relative displacement that balances truncation and rounding of the gradients
-        step = float(max(torch.finfo(p.dtype).eps for p in point.params) ** (1 / 3))
-        here = [p.detach() for p in point.params]
-        h: Tensor = displacement(here, step=step, space=TensorListSpace())(list(point.direction))
+    def _displacement(self, evaluated: EvaluatedLoss) -> Tensor:
+        # This relative displacement balances truncation and rounding errors of the gradients.
+        step = float(max(torch.finfo(p.dtype).eps for p in evaluated.params) ** (1 / 3))
+        here = [p.detach() for p in evaluated.params]
+        h: Tensor = displacement(here, step=step, space=TensorListSpace())(
+            list(evaluated.direction)
+        )
         return h
 
-    def _changes(self, point: Point, h: Tensor, keep: Callable[[list[Tensor]], T]) -> tuple[T, T]:
-        """Return what `keep` makes of g(here + h u) - g(here) and of g(here - h u) - g(here).
+    def _changes(
+        self, evaluated: EvaluatedLoss, h: Tensor, keep: Callable[[list[Tensor]], T]
+    ) -> tuple[T, T]:
+        """Return ``keep(g(here + h u) - g(here))`` and ``keep(g(here - h u) - g(here))``.
 
-        Of the slopes alone little would be left in their difference but rounding errors.
+        The difference of two slopes would be mostly rounding error; the difference of gradients is
+        taken first.
         """
-        here = [p.detach().clone() for p in point.params]
+        here = [p.detach().clone() for p in evaluated.params]
 
         def at(factor: Tensor) -> T:
-            displace(point.params, here, factor, point.direction)
-            return keep(self._change(point))
+            displace(evaluated.params, here, factor, evaluated.direction)
+            return keep(self._change(evaluated))
 
-        with restore_values(point.params, here):
+        with restore_values(evaluated.params, here):
             return at(h), at(-h)
 
-    def _change(self, point: Point) -> list[Tensor]:
-        """Return what the gradient at the present parameters is more than that of the point."""
-        with without_side_effects(point.params, point.start):
-            loss = evaluate(point.loss_fn, "loss_fn")
-            found = list(differentiate(loss, point.params).grads)
+    def _change(self, evaluated: EvaluatedLoss) -> list[Tensor]:
+        """Return the gradient at the displaced parameters minus that of `evaluated`."""
+        with without_side_effects(evaluated.params, evaluated.start):
+            loss = evaluate(evaluated.loss_fn, "loss_fn")
+            found = list(differentiate(loss, evaluated.params).grads)
         change = []
-        for here_g in point.grads:  # one after the other: there is memory for one list
+        for here_g in evaluated.grads:  # frees each gradient of `found` as it goes
             there_g = found.pop(0)
             change.append(-here_g.detach() if there_g is None else there_g - here_g.detach())
         return change
@@ -244,46 +275,17 @@ class FiniteDifference:
 REPLAYED_GAUSS_NEWTON = "gauss_newton by replay"
 BY_NAME: dict[str, Method] = {
     "replay": Replay(),
-    "hessian": Hessian(),
+    "hvp": DoubleBackward(),
     "gauss_newton": GaussNewton(),
     REPLAYED_GAUSS_NEWTON: ReplayedGaussNewton(),
     "finite_difference": FiniteDifference(),
 }
-METHODS = ("auto", *(name for name in BY_NAME if name != REPLAYED_GAUSS_NEWTON))
 
-Ways = tuple[str, ...]
-"""Names of methods: the one in use, then those to go on with where it does not work."""
-
-
-def ways_named(name: str) -> Ways:
-    """Return the ways that `curvature` of this name means; ValueError if there is none."""
-    if name not in METHODS:
-        msg = f"curvature must be one of {METHODS}, got {name!r}"
-        raise ValueError(msg)
-    if name == "auto":
-        return (*(("replay",) if IS_TESTED else ()), "hessian", "finite_difference")
-    if name == "gauss_newton":
-        return (*((REPLAYED_GAUSS_NEWTON,) if IS_TESTED else ()), name)
-    return (name,)
+WITH_PRODUCT = (DoubleBackward, FiniteDifference)
+"""The methods that can multiply with H, as the sharpness needs it."""
 
 
-def ways_with_product(name: str) -> Ways:
-    """Return those that have a product with H; ValueError if none has."""
-    ways = tuple(way for way in ways_named(name) if isinstance(BY_NAME[way], _WITH_PRODUCT))
-    if not ways:
-        msg = (
-            f'curvature="{name}" does not give the sharpness that tuner_or_search needs; '
-            'pass curvature="hessian" or "finite_difference"'
-        )
-        raise ValueError(msg)
-    return ways
-
-
-def with_product(name: str) -> Hessian | FiniteDifference:
-    """Return the method of that name, which has a product with H."""
-    method = BY_NAME[name]
-    assert isinstance(method, _WITH_PRODUCT)
+def with_product(method: Method) -> DoubleBackward | FiniteDifference:
+    """Return `method`, which is known to be one that can multiply with H."""
+    assert isinstance(method, WITH_PRODUCT)
     return method
-
-
-_WITH_PRODUCT = (Hessian, FiniteDifference)

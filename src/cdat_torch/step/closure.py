@@ -1,4 +1,4 @@
-"""The closure of a step: it returns the loss and leaves the differentiation to the optimizer."""
+"""The closure of a step: it returns the loss, and the optimizer differentiates it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.autograd import Kernels, LossFn, evaluate
-from cdat_torch.curvature.fallback import evaluated
-from cdat_torch.curvature.methods import BY_NAME, Ways
-from cdat_torch.distributed.dtensor import all_agree, locals_of
+from cdat_torch.curvature.fallback import Methods, evaluate_with_fallback
 from cdat_torch.distributed.fsdp import reduce_scatter
 from cdat_torch.side_effects import SideEffects
-from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step.evaluation import ClosureLoss, Gradient
 
 
 def evaluate_closure(closure: Any, params: Sequence[Tensor], kernels: Kernels) -> Tensor:
     """Call the closure, and refuse a loss whose graph backward has already consumed.
 
-    The ``.grad`` of all `params` is None before.
+    The ``.grad`` of all `params` must be None before.
 
     Raises
     ------
     TypeError
-        If the closure is missing, called backward, or returned something else than a tensor.
+        If the closure is missing, called backward, or returned something other than a tensor.
     ValueError
         If the loss is not a scalar or has no graph.
     """
@@ -51,62 +48,50 @@ def evaluate_closure(closure: Any, params: Sequence[Tensor], kernels: Kernels) -
 
 
 def closure_loss(
-    closure: Any, params: Sequence[Tensor], ways: Ways, effects: SideEffects
+    closure: Any, params: Sequence[Tensor], methods: Methods, effects: SideEffects
 ) -> ClosureLoss:
-    """Evaluate the closure and its gradient, the latter also in ``p.grad``.
+    """Evaluate the closure and its gradient; store the gradient in ``p.grad`` too.
 
     Parameters
     ----------
     closure : callable
         Returns the loss.
     params : sequence of Tensor
-        All that require a gradient.
-    ways : sequence of str
-        How the curvature is to be measured; empty if it is not.
+        All parameters that require a gradient.
+    methods : Methods
+        The methods to measure the curvature; empty if it is not measured.
     effects : SideEffects
-        It takes note of what the evaluation changes.
+        It records what the evaluation changes.
     """
-    refuse_grad_scaler()
-    if ways:
-        BY_NAME[ways[0]].check(closure, "closure")
-    loss, (variables, grads, recording), ways = evaluated(
-        closure, lambda kernels: evaluate_closure(closure, params, kernels), params, ways, effects
+    _refuse_grad_scaler()
+    methods.current.check(closure, "closure")
+    loss, (variables, grads, recording), methods = evaluate_with_fallback(
+        closure,
+        lambda kernels: evaluate_closure(closure, params, kernels),
+        params,
+        methods,
+        effects,
     )
     for p, g in zip(params, reduce_scatter(params, variables, grads), strict=True):
         p.grad = g
     gradient = Gradient.known(params, variables, grads)
-    return ClosureLoss(closure, effects.start, loss, gradient, ways, recording)
+    return ClosureLoss(closure, effects.start, loss, gradient, methods, recording)
 
 
-def refuse_grad_scaler() -> None:
-    """Raise if a GradScaler called ``step`` with a closure: it scaled no loss of the closure's."""
+def _refuse_grad_scaler() -> None:
+    """Raise if ``GradScaler.step`` passed the closure on: it cannot scale the closure's loss.
+
+    It hands a closure on without a word, so only the callers of this step tell.
+    """
+    step = torch.amp.GradScaler.step.__code__
     frame = sys._getframe(1)
     for _ in range(12):
         if frame.f_back is None:
             return
         frame = frame.f_back
-        if frame.f_code.co_filename.endswith("grad_scaler.py"):
+        if frame.f_code is step:
             msg = (
                 "closure must not be given to GradScaler.step, which cannot scale its loss; use "
                 "optimizer.backward(loss, scaler=scaler) and then scaler.step(optimizer)"
             )
             raise TypeError(msg)
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all entries are finite: the one number a step reads from the device.
-
-    Of sharded tensors all entries count, also those in other processes.
-    """
-    return all_agree(not tensors or _finite(locals_of(tensors)), tensors)
-
-
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Test sums first: one that is finite has finite terms, any other may have overflowed."""
-    first = tensors[0]
-    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    total = torch.stack([s.detach().to(first.device, scalar_dtype(first.device)) for s in sums])
-    if bool(torch.isfinite(total).all()):
-        return True
-    finite = [torch.isfinite(t).all().to(first.device) for t in tensors]
-    return bool(torch.stack(finite).all())

@@ -1,7 +1,7 @@
 """The loss of a step and its gradient at the present parameters.
 
-Either a closure gave the loss (`ClosureLoss`), or `TunedOptimizer.backward` differentiated one loss
-after the other (`MicroBatches`). Both know the slope and the curvature along a direction.
+The loss comes from a closure (`ClosureLoss`), or from calls of `TunedOptimizer.backward`, one for
+each micro-batch (`MicroBatches`). Both give the slope and the curvature along a direction.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.autograd import LossFn, check_scalar, vector_jacobian
-from cdat_torch.curvature.fallback import differentiated, given_up
-from cdat_torch.curvature.measure import hessian_product, quadratic_model
-from cdat_torch.curvature.methods import BY_NAME, Point, Ways, gradients_with_graph
+from cdat_torch.curvature.fallback import Methods, differentiate_with_fallback
+from cdat_torch.curvature.methods import EvaluatedLoss, gradients_with_graph, with_product
 from cdat_torch.curvature.replay import Recording, Unsupported
 from cdat_torch.distributed.fsdp import redistribute_like, reduce_scatter, unshard
 from cdat_torch.kernels import refuse_once_differentiable
@@ -64,21 +63,20 @@ class Gradient(NamedTuple):
         return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
 
     @contextmanager
-    def suitable(self, ways: Ways) -> Iterator[Ways]:
-        """Give the ways, which are exact or raise if variables were gathered.
+    def suitable(self, methods: Methods) -> Iterator[Methods]:
+        """Give the methods that suit the variables: exact ones if modules gathered some.
 
-        Differences cannot take over: the modules would undo a displacement of what they gathered.
+        Finite differences do not: the modules would undo a displacement of what they gathered.
         """
         try:
-            exact = tuple(way for way in ways if way != "finite_difference")
-            yield exact if self.unsharded else ways
+            yield methods.without("finite_difference") if self.unsharded else methods
         except (RuntimeError, NotImplementedError) as error:
             if self.unsharded:
                 error.add_note('for modules under fully_shard pass curvature="finite_difference"')
             raise
 
     def along(self, direction: Direction) -> Direction:
-        """Return u, given by parameter, by variable."""
+        """Return u by variable, given u by parameter."""
         if not self.unsharded:
             return direction
         unshard(self.params)
@@ -86,7 +84,7 @@ class Gradient(NamedTuple):
         return dict(zip(self.variables, u, strict=True))
 
     def by_param(self, vector: Sequence[Tensor]) -> Direction:
-        """Return by parameter what is given by variable; the mean of what was gathered."""
+        """Return a vector by parameter, given it by variable; sharded parts are averaged."""
         means = reduce_scatter(self.params, self.variables, vector)
         return {p: h for p, h in zip(self.params, means, strict=True) if h is not None}
 
@@ -97,20 +95,20 @@ class Gradient(NamedTuple):
 
 
 class StepLoss(Protocol):
-    """What a step asks; the numbers are those of this process alone."""
+    """What a step needs to know of its loss; the numbers are those of this process alone."""
 
     @property
     def value(self) -> Tensor | None:
-        """The loss, a 0-d tensor; None if it is not known."""
+        """The loss, detached; None if it is not known."""
         ...
 
     def along(self, direction: Direction) -> Direction:
-        """Return u, given by parameter of the optimizer, as `slope` and `curvature` take it."""
+        """Return u by variable, as `slope` and `model` take it, given u by parameter."""
         ...
 
     @property
-    def ways(self) -> Ways:
-        """The ways to measure the curvature that are left, the one in use first."""
+    def methods(self) -> Methods:
+        """The methods that are left to measure the curvature."""
         ...
 
     def slope(self, along: Direction) -> Tensor:
@@ -124,7 +122,7 @@ class StepLoss(Protocol):
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Return H u by parameter, zero where there is none.
 
-        Without `retain_graph` it is the last product.
+        Without `retain_graph` this must be the last product.
         """
         ...
 
@@ -133,15 +131,15 @@ class StepLoss(Protocol):
 class ClosureLoss:
     """A loss that can be evaluated again.
 
-    `gradient` and `recording` are what the first of the `ways` needs. `start` is the random state
-    from which the closure was evaluated.
+    `gradient` and `recording` are what the method in use needs. `start` is the random state from
+    which the closure was evaluated.
     """
 
     closure: LossFn
     start: RandomState
     loss: Tensor
     gradient: Gradient
-    ways: Ways = ()
+    methods: Methods = Methods()  # noqa: RUF009 (it is frozen)
     recording: Recording | None = None
 
     @property
@@ -159,45 +157,69 @@ class ClosureLoss:
 
     def model(self, along: Direction) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u>."""
-        with torch.enable_grad(), self.gradient.suitable(self.ways) as ways:
-            found, self.ways = quadratic_model(self._point(along), ways=ways)
+        evaluated = self._evaluated(along)
+        with torch.enable_grad(), self.gradient.suitable(self.methods) as methods:
+            found, self.methods = methods.first_that_works(lambda method: method.along(evaluated))
         return found
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Return H u."""
-        point = self._point(self.along(direction))
-        with torch.enable_grad(), self.gradient.suitable(self.ways) as ways:
-            product, self.ways = hessian_product(point, ways=ways, retain_graph=retain_graph)
+        evaluated = self._evaluated(self.along(direction))
+        with torch.enable_grad(), self.gradient.suitable(self.methods) as methods:
+            product, self.methods = methods.first_that_works(
+                lambda method: with_product(method).product(evaluated, retain_graph=retain_graph)
+            )
         return self.gradient.by_param(product)
 
-    def _point(self, along: Direction) -> Point:
+    def _evaluated(self, along: Direction) -> EvaluatedLoss:
         _, variables, grads = self.gradient
         u = [along[v] for v in variables]
-        return Point(self.closure, self.loss, grads, variables, u, self.start, self.recording)
+        return EvaluatedLoss(
+            self.closure, self.loss, grads, variables, u, self.start, self.recording
+        )
 
 
 class _Record(NamedTuple):
+    """The loss of one micro-batch, `scale` times itself if a GradScaler is in use."""
+
     loss: Tensor
     gradient: Gradient
     scale: Tensor | None
     recording: Recording | None
 
     def unscaled(self, number: Tensor) -> Tensor:
-        """Return a number of the scaled loss for the loss itself."""
+        """Return a number for the loss itself, given it for the scaled loss."""
         return number if self.scale is None else number / self.scale.to(number)
+
+    def slope(self, along: Direction) -> Tensor:
+        """Return <g, u>."""
+        return self.unscaled(self.gradient.slope(along))
+
+    def replayed(self, along: Direction) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u> by the replay; raise `Unsupported` if it does not work."""
+        assert self.recording is not None
+        u = {v: along[v] for v in self.gradient.variables}
+        slope, curvature = self.recording.along(self.gradient.grads, u)
+        return self.unscaled(slope), self.unscaled(curvature)
+
+    def with_graph(self) -> _Record:
+        """Return the same loss with a graph of its gradient instead of a recording."""
+        with torch.enable_grad():
+            grads = gradients_with_graph(self.loss, self.gradient.variables)
+        return self._replace(gradient=self.gradient._replace(grads=grads), recording=None)
 
 
 class MicroBatches:
     """The losses of the present step, each differentiated when it came.
 
-    Where the curvature is to be measured their graphs stay until the step, because the direction is
-    known only then: the memory is that of the whole batch.
+    If the curvature is measured their graphs stay until the step, because only then is the
+    direction known: the memory is that of the whole batch.
     """
 
     def __init__(self) -> None:
         self._records: list[_Record] = []
         self._value: Tensor | None = None
-        self.ways: Ways = ()
+        self.methods = Methods()
         self.reduced = True
         """Whether gradients and loss are means over all processes."""
 
@@ -211,7 +233,7 @@ class MicroBatches:
         return self._value
 
     def reduce_value(self, mean: Tensor) -> None:
-        """Take the mean over all processes for the loss."""
+        """Replace the loss by its mean over all processes."""
         self._value, self.reduced = mean, True
 
     def add(
@@ -219,13 +241,13 @@ class MicroBatches:
         loss: Any,
         params: Sequence[Tensor],
         *,
-        ways: Ways,
+        methods: Methods,
         scaler: Any = None,
         sync: bool = True,
     ) -> None:
         """Add the gradient of `loss` to ``p.grad`` and keep what the measurement needs.
 
-        `ways` are those to measure the curvature; none if it is not measured.
+        `methods` are those to measure the curvature; empty if it is not measured.
         """
         check_scalar(loss, "loss")
         if not loss.requires_grad:
@@ -234,20 +256,22 @@ class MicroBatches:
         scale = None if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
         with torch.enable_grad():
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
-        (variables, found, recording), self.ways = differentiated(scaled, params, ways, sync=sync)
+        (variables, found, recording), self.methods = differentiate_with_fallback(
+            scaled, params, methods, sync=sync
+        )
         with torch.no_grad():
-            for p, shared in zip(params, reduce_scatter(params, variables, found), strict=True):
-                if shared is not None:
-                    # A copy: what clips p.grad must not reach into the graph of the gradient.
-                    p.grad = shared.clone() if p.grad is None else p.grad.add_(shared)
+            for p, g in zip(params, reduce_scatter(params, variables, found), strict=True):
+                if g is not None:
+                    # A copy: clipping changes p.grad in place, and must not change the graph.
+                    p.grad = g.clone() if p.grad is None else p.grad.add_(g)
             self._value = _value(loss) if self._value is None else self._value + _value(loss)
-        root = scaled if self.ways else scaled.detach()
+        root = scaled if self.methods else scaled.detach()
         gradient = Gradient.known(params, variables, found)
         self._records.append(_Record(root, gradient, scale, recording))
 
     def free(self) -> None:
-        """Release what is kept, also if the caller still holds the losses."""
-        for record in self._records:  # all at the end, since losses may share parts of a graph
+        """Free the graphs, also if the caller still holds the losses."""
+        for record in self._records:  # all at the end: losses may share parts of a graph
             if record.recording is not None:
                 record.recording.free()
         self._records = []
@@ -258,84 +282,77 @@ class MicroBatches:
         return {v: u for gradient in records for v, u in gradient.along(direction).items()}
 
     def slope(self, along: Direction) -> Tensor:
-        """Return the sum of the <g, u> of all losses."""
-        parts = [r.unscaled(r.gradient.slope(along)) for r in self._records if r.gradient.grads]
-        return torch.stack(parts).sum()
+        """Return the sum of <g, u> over the losses."""
+        return _slope(self._records, along)
 
     def model(self, along: Direction) -> tuple[Tensor, Tensor]:
-        """Return the sums of the <g, u> and of the <u, H u> of all losses."""
-        pairs, records = [], self._records
-        self._records = []
-        for record in records:
+        """Return the sums of <g, u> and of <u, H u> over the losses."""
+        pairs, remaining = [], []
+        for record in self._records:
             if record.recording is None:
-                self._records.append(record)
+                remaining.append(record)
                 continue
             try:
-                u = {v: along[v] for v in record.gradient.variables}
-                found = record.recording.along(record.gradient.grads, u)
-                pairs.append(tuple(map(record.unscaled, found)))
+                pairs.append(record.replayed(along))
             except Unsupported as error:
-                if BY_NAME[self.ways[0]].recorded:  # else another loss has given it up already
-                    self.ways = given_up(self.ways, error)
-                self._records.append(_differentiated_again(record))
-        if self._records:
-            product = self._product(along, retain_graph=False)
+                if self.methods.current.record:  # else another loss has already fallen back
+                    self.methods = self.methods.fall_back(error)
+                remaining.append(record.with_graph())
+        if remaining:  # together, because they may share a graph
+            product = _product(remaining, along, retain_graph=False)
             curvature = TensorListSpace().vdot([along[v] for v in product], list(product.values()))
-            pairs.append((self.slope(along), curvature))
-        self._records = records
+            pairs.append((_slope(remaining, along), curvature))
         self.free()
         slopes, curvatures = zip(*pairs, strict=True)
         return torch.stack(slopes).sum(), torch.stack(curvatures).sum()
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
-        """Return the sum of the H u of all losses."""
-        product = self._product(self.along(direction), retain_graph=retain_graph)
+        """Return the sum of H u over the losses."""
+        product = _product(self._records, self.along(direction), retain_graph=retain_graph)
         found: Direction = {}
         for gradient in (record.gradient for record in self._records):
             found |= gradient.by_param([product[v] for v in gradient.variables])
         return found
 
-    def _product(self, along: Direction, *, retain_graph: bool) -> Direction:
-        """Return H u by variable; a graph that the losses share is freed once."""
-        gradients = [record.gradient for record in self._records]
-        variables = list(dict.fromkeys(v for gradient in gradients for v in gradient.variables))
-        outputs, vectors = [], []
-        for record in self._records:
-            for v, g in zip(record.gradient.variables, record.gradient.grads, strict=True):
-                u = along[v]
-                outputs.append(g)
-                vectors.append(u if record.scale is None else u / record.scale.to(u))
-        try:
-            for record in self._records:
-                refuse_once_differentiable(record.loss)
-            with torch.enable_grad():
-                product = vector_jacobian(outputs, variables, vectors, retain_graph=retain_graph)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            msg = (
-                f"the loss given to backward has no second derivative ({error}); run the model "
-                "under cdat_torch.further_differentiable(), or pass a closure "
-                "to step() instead"
-            )
-            raise RuntimeError(msg) from error
-        return dict(zip(variables, product, strict=True))
+
+def _slope(records: Sequence[_Record], along: Direction) -> Tensor:
+    """Return the sum of <g, u> over the losses."""
+    return torch.stack([r.slope(along) for r in records if r.gradient.grads]).sum()
 
 
-def _differentiated_again(record: _Record) -> _Record:
-    """Return a record with a graph of its gradient, in the place of what was watched."""
-    variables = record.gradient.variables
-    with torch.enable_grad():
-        grads = gradients_with_graph(record.loss, variables)
-    return record._replace(gradient=record.gradient._replace(grads=grads), recording=None)
+def _product(records: Sequence[_Record], along: Direction, *, retain_graph: bool) -> Direction:
+    """Return H u by variable, summed over the losses; a graph that they share is freed once."""
+    gradients = [record.gradient for record in records]
+    variables = list(dict.fromkeys(v for gradient in gradients for v in gradient.variables))
+    outputs, vectors = [], []
+    for record in records:
+        for v, g in zip(record.gradient.variables, record.gradient.grads, strict=True):
+            u = along[v]
+            outputs.append(g)
+            vectors.append(u if record.scale is None else u / record.scale.to(u))
+    try:
+        for record in records:
+            refuse_once_differentiable(record.loss)
+        with torch.enable_grad():
+            product = vector_jacobian(outputs, variables, vectors, retain_graph=retain_graph)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        msg = (
+            f"the loss given to backward has no second derivative ({error}); run the model "
+            "under cdat_torch.further_differentiable(), or pass a closure "
+            "to step() instead"
+        )
+        raise RuntimeError(msg) from error
+    return dict(zip(variables, product, strict=True))
 
 
 @dataclass
 class PlainGradient:
-    """Gradients in ``p.grad`` of a loss that is not known: enough for rules that need a slope."""
+    """Gradients in ``p.grad`` of an unknown loss: enough for tuners that need only a slope."""
 
     params: list[Tensor]
-    ways: Ways = ()
+    methods: Methods = Methods()  # noqa: RUF009 (it is frozen)
 
     @property
     def value(self) -> None:

@@ -1,17 +1,96 @@
-"""What a line search is told about a trial: the loss there, and its slope if it asks for it."""
+"""A line search as the rule for the rate, and the evaluation of its trials."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from cdat_core import Measurement
+from cdat_core.linesearch import LineSearch
 from cdat_torch.curvature.autograd import LossFn, check_scalar, differentiate
+from cdat_torch.curvature.fallback import Methods
+from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.interrupts import deliver_interrupts
 from cdat_torch.side_effects import RandomState, temporary_values, without_side_effects
 from cdat_torch.spaces import TensorListSpace
+from cdat_torch.step.checkpoint import SavedTuner
+from cdat_torch.step.evaluation import ClosureLoss, StepLoss
+from cdat_torch.step.info import Decision
+
+
+class SearchRule:
+    """A line search, which evaluates the closure again for each trial."""
+
+    measures_scheduled_step = True
+    """The search looks along the step that is taken, with the factors of a scheduler."""
+    methods_now = Methods()
+    measures = False
+    holds = False
+    needs_closure = "a line search"
+    needs_loss = True
+    tracker = None
+    state: Any = None
+    until_refresh = 0
+
+    def __init__(self, search: LineSearch) -> None:
+        self._search = search
+
+    def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
+        """Do nothing: a search has no state between steps."""
+
+    def miss(self) -> None:
+        """Do nothing."""
+
+    def step_held(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
+        """Do nothing: each step looks for a rate."""
+
+    def choose(
+        self,
+        evaluation: StepLoss,
+        value: Tensor | None,
+        params: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        *,
+        present: Tensor,
+        replicas: Replicas,
+    ) -> Decision:
+        """Try rates along the direction until the search is done.
+
+        Parameters
+        ----------
+        evaluation : StepLoss
+            Loss and gradient of this process, from a closure.
+        value : Tensor or None
+            The loss of all processes.
+        params, direction : sequence of Tensor
+            The parameters that have a gradient, and the step at rate 1.
+        present : Tensor
+            The rate in use.
+        replicas : Replicas
+            The other processes.
+        """
+        assert isinstance(evaluation, ClosureLoss)
+        space = TensorListSpace()
+        along = evaluation.along(dict(zip(params, direction, strict=True)))
+        (slope,) = replicas.mean([evaluation.slope(along)])
+        here = [p.detach().clone() for p in params]
+        trial = self._search.init(Measurement(value, slope, None), present, present)
+        while not bool(trial.done):
+            told = evaluate_trial(
+                evaluation.closure,
+                params,
+                space.add_scale(here, trial.step_size, direction),
+                direction,
+                start=evaluation.start,
+                needs=self._search.trial_needs,
+            )
+            trial = self._search.tell(trial, *replicas.mean([field.to(present) for field in told]))
+        return Decision(trial.step_size, ~torch.isfinite(slope), slope)
 
 
 def evaluate_trial(
@@ -25,7 +104,7 @@ def evaluate_trial(
 ) -> tuple[Tensor, ...]:
     """Return the loss at `there`, detached, and its slope along `direction` if that is needed.
 
-    The evaluation leaves no trace: parameters, ``.grad``, buffers and random state are as before.
+    Afterwards parameters, ``.grad``, buffers and random state are as before.
 
     Parameters
     ----------

@@ -1,48 +1,30 @@
-"""How a step gets its rate: a tuner that measures, or a line search that tries."""
+"""How a step gets its rate: by a tuner that measures, or by a line search.
+
+`TunerRule` and `cdat_torch.step.line_search.SearchRule` have the same interface, `RateRule`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_core import Measurement
-from cdat_core.extend import StepInfo, validation
+from cdat_core.extend import validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base.direction import steps_in_proportion
 from cdat_torch.base.rehearsal import step_at
-from cdat_torch.curvature.methods import ways_named, ways_with_product
+from cdat_torch.curvature.fallback import Methods
 from cdat_torch.distributed.replicas import Replicas
-from cdat_torch.spaces import TensorListSpace
 from cdat_torch.step.checkpoint import SavedTuner, restore
-from cdat_torch.step.evaluation import ClosureLoss, StepLoss
-from cdat_torch.step.line_search import evaluate_trial
+from cdat_torch.step.evaluation import StepLoss
+from cdat_torch.step.info import Decision
+from cdat_torch.step.line_search import SearchRule
 from cdat_torch.step.sharpness import SharpnessTracker
-
-
-class Decision(NamedTuple):
-    """The rate of a step, and what it rests on; means over all processes."""
-
-    rate: Tensor
-    skip: Tensor
-    slope: Tensor | None = None
-    curvature: Tensor | None = None
-    sharpness: Tensor | None = None
-    method: str | None = None
-
-    @classmethod
-    def none(cls, like: Tensor) -> Decision:
-        """Return the decision to skip a step that could not be measured."""
-        return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
-
-    def info(self, value: Tensor | None, skipped: Tensor) -> StepInfo:
-        """Return what the user is told, with the loss and the number of skipped steps."""
-        measured = (self.slope, self.curvature, self.sharpness)
-        return StepInfo(value, *measured, self.rate, skipped, self.method)
 
 
 class TunerRule:
@@ -51,19 +33,19 @@ class TunerRule:
     Parameters
     ----------
     tuner : Tuner
-        The rule.
+        The tuner.
     like : Tensor
         A 0-d tensor that fixes dtype and device of the state.
     curvature : str
-        The way to compute it; `ways` are those that are left, the one in use first.
+        How to compute the curvature; `methods` are the methods that are left.
     every : int
         Steps from one measurement to the next.
     tracker : SharpnessTracker
-        What measures the sharpness; kept in `tracker` if the tuner needs it, else that is None.
+        It measures the sharpness. The attribute `tracker` is None if the tuner needs none.
     """
 
-    along_step = False
-    """The direction is measured before the multipliers of a scheduler."""
+    measures_scheduled_step = False
+    """The direction is measured without the factors of a scheduler."""
 
     def __init__(
         self,
@@ -75,7 +57,7 @@ class TunerRule:
         tracker: SharpnessTracker,
     ) -> None:
         self.tracker = tracker if "sharpness" in tuner.needs else None
-        self.ways = (ways_with_product if self.tracker else ways_named)(curvature)
+        self.methods = (Methods.with_product if self.tracker else Methods.named)(curvature)
         self._tuner = tuner
         self._every = validation.count("every", every)
         self._needs_curvature = "curvature" in tuner.needs
@@ -86,7 +68,7 @@ class TunerRule:
         self._like = like
 
     def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
-        """Go on from a checkpoint and an eigenvector; None forgets all measurements."""
+        """Continue from a checkpoint and an eigenvector; None forgets all measurements."""
         if self.tracker is not None:
             self.tracker.vector = vector
         self.until_refresh = 0 if saved is None else saved.until_refresh
@@ -97,39 +79,46 @@ class TunerRule:
 
     @property
     def measures(self) -> bool:
-        """Whether the step to come measures curvature or sharpness."""
+        """Whether the next step measures curvature or sharpness."""
         return self._needs_graph and self.until_refresh == 0
 
     @property
     def needs_closure(self) -> str | None:
-        """What evaluates the loss again, if anything does."""
-        if not self._needs_graph or "hessian" in self.ways or "replay" in self.ways:
+        """What evaluates the loss again and so needs a closure; None if nothing does."""
+        if not self._needs_graph or "hvp" in self.methods or "replay" in self.methods:
             return None
-        return f'curvature="{self.ways[-1]}"'
+        return f'curvature="{self.methods.names[-1]}"'
 
     @property
     def needs_loss(self) -> bool:
         """Whether a gradient alone is not enough."""
         return self._needs_graph or self.needs_value
 
+    @property
+    def methods_now(self) -> Methods:
+        """The methods for the next step; none if it does not measure."""
+        return self.methods if self.measures else Methods()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the next step keeps the rate in use, between two measurements."""
+        return self._needs_graph and not self.measures
+
     def miss(self) -> None:
-        """Take note of a step that was skipped: the rate to hold is lost."""
+        """Record a step that was skipped before it was measured: the next one measures."""
         self.until_refresh = 0
 
-    def held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> Decision | None:
-        """Let `base` step at the rate in use between measurements; None where `choose` is to.
+    def step_held(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> Decision | None:
+        """Let `base` step at the rate in use, if this step holds it and no direction is needed.
 
-        So it does with a single process and a base whose steps are in proportion to its rate.
+        Return None, without a step, where `choose` must look at the direction first: with several
+        processes, or a base whose step is not in proportion to its rate.
         """
-        if not self._holds or replicas.size > 1 or not steps_in_proportion(base):
+        if not self.holds or replicas.size > 1 or not steps_in_proportion(base):
             return None
         step_at(base, float(rate))
         self.until_refresh -= 1
-        return Decision(rate, torch.zeros_like(rate, dtype=torch.bool))
-
-    @property
-    def _holds(self) -> bool:
-        return self._needs_graph and not self.measures
+        return Decision.held(rate)
 
     def choose(
         self,
@@ -141,7 +130,7 @@ class TunerRule:
         present: Tensor,
         replicas: Replicas,
     ) -> Decision:
-        """Measure along the direction and ask the tuner; between measurements the rate holds.
+        """Measure along the direction and ask the tuner; between measurements hold the rate.
 
         Parameters
         ----------
@@ -157,14 +146,14 @@ class TunerRule:
             The other processes.
         """
         along = evaluation.along(dict(zip(params, direction, strict=True)))
-        if self._holds:
+        if self.holds:
             (slope,) = replicas.mean([evaluation.slope(along)])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
             return Decision(torch.where(skip, torch.zeros_like(present), present), skip)
 
         measured = {}
-        if self.tracker is not None:  # first: the curvature frees the graph
+        if self.tracker is not None:  # before the curvature, which frees the graph
             found = self.tracker.measure(
                 evaluation, replicas=replicas, retain_graph=self._needs_curvature
             )
@@ -174,7 +163,7 @@ class TunerRule:
         else:
             measured["slope"] = evaluation.slope(along)
         if self._needs_graph:
-            self.ways = evaluation.ways  # what failed once is not tried again in each step
+            self.methods = evaluation.methods  # a method that failed is not tried again
         means = dict(zip(measured, replicas.mean(list(measured.values())), strict=True))
         measurement = Measurement(value, None, None)._replace(**means)
         before = self.state.skipped
@@ -183,71 +172,20 @@ class TunerRule:
         if self.tracker is not None:
             self.tracker.keep(found, where=~skip & torch.isfinite(means["sharpness"]))
         if self.measures and self._every > 1:
-            # After a skip the curvature is measured again at once.
+            # After a skip the next step measures again.
             self.until_refresh = 0 if bool(skip) else self._every - 1
-        method = self.ways[0] if self._needs_graph else None
+        method = self.methods.names[0] if self._needs_graph else None
         return Decision(rate, skip, **means, method=method)
 
 
-class SearchRule:
-    """A line search; it evaluates the closure again for each trial."""
-
-    along_step = True
-    """The search looks along the step that is really taken."""
-    ways = ()
-    measures = False
-    needs_closure = "a line search"
-    needs_loss = True
-    tracker = None
-    state: Any = None
-    until_refresh = 0
-
-    def __init__(self, search: LineSearch) -> None:
-        self._search = search
-
-    def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
-        """Do nothing: a search has no state between steps."""
-
-    def miss(self) -> None:
-        """Do nothing."""
-
-    def held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
-        """Do nothing: each step looks for a rate."""
-
-    def choose(
-        self,
-        evaluation: StepLoss,
-        value: Tensor | None,
-        params: Sequence[Tensor],
-        direction: Sequence[Tensor],
-        *,
-        present: Tensor,
-        replicas: Replicas,
-    ) -> Decision:
-        """Try steps along the direction until the search is done; see `TunerRule.choose`."""
-        assert isinstance(evaluation, ClosureLoss)
-        space = TensorListSpace()
-        along = evaluation.along(dict(zip(params, direction, strict=True)))
-        (slope,) = replicas.mean([evaluation.slope(along)])
-        here = [p.detach().clone() for p in params]
-        trial = self._search.init(Measurement(value, slope, None), present, present)
-        while not bool(trial.done):
-            told = evaluate_trial(
-                evaluation.closure,
-                params,
-                space.add_scale(here, trial.step_size, direction),
-                direction,
-                start=evaluation.start,
-                needs=self._search.trial_needs,
-            )
-            trial = self._search.tell(trial, *replicas.mean([field.to(present) for field in told]))
-        return Decision(trial.step_size, ~torch.isfinite(slope), slope)
+RateRule: TypeAlias = TunerRule | SearchRule
+"""What an optimizer asks for the rate of a step."""
 
 
-def rule(
+def rate_rule(
     tuner_or_search: Any, like: Tensor, *, curvature: str, every: int, tracker: SharpnessTracker
-) -> Any:
-    """Return the `TunerRule` or `SearchRule`.
+) -> RateRule:
+    """Return the rule for the rate that a tuner or a line search stands for.
 
     Raises
     ------
@@ -257,7 +195,7 @@ def rule(
     if isinstance(tuner_or_search, Tuner):
         return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)
     if isinstance(tuner_or_search, LineSearch):
-        ways_named(curvature)
+        Methods.named(curvature)
         validation.count("every", every)
         return SearchRule(tuner_or_search)
     msg = (

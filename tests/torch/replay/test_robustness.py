@@ -142,7 +142,7 @@ def test_half_precision_is_as_exact_as_double_backward() -> None:
         product = torch.autograd.grad(g, parameters(precise), wide)
         scale = vdot(product, product).sqrt() * vdot(wide, wide).sqrt()
         expected = vdot(product, wide)
-        for errors, way in ((ours, "replay"), (theirs, "hessian")):
+        for errors, way in ((ours, "replay"), (theirs, "hvp")):
             found = measure(half, params, u, curvature=way).curvature
             errors.append((found - expected) / scale)
     assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
@@ -171,9 +171,9 @@ def test_fused_attention_in_half_precision_is_as_exact_as_double_backward(
     for _ in range(8):
         w, u = (torch.randn(16, 16 + 16 * heads).to(dtype) for _ in range(2))
         true = w.double().requires_grad_()
-        expected = measure(lambda: loss_of(true), [true], [u.double()], curvature="hessian")  # noqa: B023
+        expected = measure(lambda: loss_of(true), [true], [u.double()], curvature="hvp")  # noqa: B023
         w.requires_grad_()
-        for errors, way in ((ours, "replay"), (theirs, "hessian")):
+        for errors, way in ((ours, "replay"), (theirs, "hvp")):
             found = measure(lambda: loss_of(w), [w], [u], curvature=way)  # noqa: B023
             errors.append((found.curvature - expected.curvature) / u.double().square().sum())
     assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
@@ -187,7 +187,7 @@ def test_parameters_that_are_results_are_left_to_double_backward() -> None:
     u = torch.randn_like(w)
     with pytest.raises(Unsupported, match="results of other operations"):
         measure(loss, [w], [u], curvature="replay")
-    found, true = (measure(loss, [w], [u], curvature=way) for way in ("auto", "hessian"))
+    found, true = (measure(loss, [w], [u], curvature=way) for way in ("auto", "hvp"))
     torch.testing.assert_close(found.curvature, true.curvature)
 
 

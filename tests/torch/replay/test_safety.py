@@ -134,7 +134,7 @@ def test_double_backward_takes_over_from_a_wrong_rule_in_a_step(form: str) -> No
     model = network()
     other = copy.deepcopy(model)
     ours = CDAT(torch.optim.Adam(model.parameters()))
-    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hessian")
+    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hvp")
     with pytest.warns(UserWarning, match="not replayed exactly.*TanhBackward0") as caught:
         pairs = [(step(model, ours, form), step(other, theirs, form)) for _ in range(3)]
     for found, wanted in pairs:
@@ -227,7 +227,7 @@ def test_activation_checkpoints_are_left_to_double_backward(
     with pytest.raises(RuntimeError, match="inside an activation checkpoint"):
         measure(closure_of(model), parameters(model), u, curvature="replay")
     middle.calls = 0
-    measure(closure_of(model), parameters(model), u, curvature="hessian")
+    measure(closure_of(model), parameters(model), u, curvature="hvp")
     usual, middle.calls = middle.calls, 0
     found = measure(closure_of(model), parameters(model), u)
     assert middle.calls == usual + 1
