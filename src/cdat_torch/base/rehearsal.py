@@ -1,65 +1,165 @@
-"""A step of the base optimizer that may turn out to be none.
+"""One step of the base optimizer that can be rolled back.
 
-The measurement needs the direction of the step, and only the measurement tells whether the step
-counts. Until then the state of the base must not be lost.
+The measurement needs the direction of the step, and only the measurement tells whether the step is
+taken. Until then the state of the base must not be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, Self
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch.base import fused_adam
+from cdat_torch.base import fused_adam, groups
 from cdat_torch.base.direction import base_direction, steps_by_parameter, steps_in_proportion
 from cdat_torch.base.state import SavedState, copied
+from cdat_torch.distributed.dtensor import locals_of
 
 _SMALL = 2**18
-"""Numbers below which a division of the parameters saves little."""
+"""Elements in a part of the parameters at least: smaller parts save little memory."""
 _PARTS = 8
 
 
-def tentative_step(
-    base: Optimizer, params: Sequence[Tensor], *, read: bool = False
-) -> RehearsedStep | HeldStep:
-    """Return the step of the base on `params`: its direction, and how to `undo` or `conclude` it.
+class BaseStep:
+    """One step of the base: its direction, then `commit` or `rollback`.
 
-    One of the two is to be called. With `read` the state of the base is that of the step meanwhile.
+    As a context manager it rolls back if the block raises.
+
+    Parameters
+    ----------
+    base : torch.optim.Optimizer
+        The wrapped optimizer.
+    params : sequence of Tensor
+        The parameters to step on; each has its gradient in ``p.grad``.
+    reversible : bool, optional
+        False if the step is certain to be taken: the base then steps at once and nothing is copied.
+    needs_state : bool, optional
+        Whether the measurement reads the state of the base after the step.
+    along_step : bool, optional
+        Whether `direction` includes what schedulers have done to the multipliers of the groups
+        since wrapping. Otherwise `commit` applies it.
+
+    Attributes
+    ----------
+    direction : list of Tensor
+        The step of the base at learning rate 1, weighted by the multipliers of the groups.
     """
-    if read or not steps_by_parameter(base):
-        return HeldStep(base, params)
-    return RehearsedStep(base, params)
+
+    def __init__(
+        self,
+        base: Optimizer,
+        params: Sequence[Tensor],
+        *,
+        reversible: bool = True,
+        needs_state: bool = False,
+        along_step: bool = False,
+    ) -> None:
+        self._base = base
+        self._params = params
+        weights, self._factors = groups.weights_and_factors(base.param_groups, params)
+        self._state: _StateOfStep
+        if not reversible:
+            self._state = _Immediate(base, params)
+        elif needs_state or not steps_by_parameter(base):
+            self._state = _Snapshot(base, params)
+        else:
+            self._state = _Rehearsal(base, params)
+        self.direction = self._state.direction
+        groups.scale_in_place(self._local_direction, weights)
+        if along_step:
+            groups.scale_in_place(self._local_direction, self._factors)
+            self._factors = [1.0] * len(self._factors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self.rollback()
+
+    def commit(self, rate: Tensor, *, skip: Tensor) -> None:
+        """Move the parameters by `rate` times their multiplier, and the state of the base.
+
+        Where `skip` holds nothing moves. `direction` is overwritten.
+        """
+        if self._state.can_step_at_rate and skip.device.type == "cpu":
+            if not bool(skip):
+                step_at(self._base, float(rate))
+            return
+        self._state.commit(skip)
+        groups.scale_in_place(self._local_direction, self._factors)
+        groups.move(locals_of(self._params), self._local_direction, rate, skip=skip)
+
+    def rollback(self) -> None:
+        """Restore the state of the base; the parameters have not moved yet."""
+        self._state.rollback()
+
+    @property
+    def _local_direction(self) -> list[Tensor]:
+        return locals_of(self.direction)
 
 
-class HeldStep:
-    """The base steps, and a copy of its whole state is held; for optimizers of unknown kind."""
+class _StateOfStep(Protocol):
+    """How the state of the base survives a step that may be rolled back."""
+
+    direction: list[Tensor]
+
+    @property
+    def can_step_at_rate(self) -> bool:
+        """Whether the base can take the whole step itself once the rate is known."""
+
+    def commit(self, skip: Tensor) -> None:
+        """Make the state that of the step, except where `skip` holds."""
+
+    def rollback(self) -> None:
+        """Restore the state."""
+
+
+class _Immediate:
+    """The state moves on at once and cannot be restored."""
+
+    can_step_at_rate = False
+
+    def __init__(self, base: Optimizer, params: Sequence[Tensor]) -> None:
+        self.direction = base_direction(base, params)
+
+    def commit(self, skip: Tensor) -> None:
+        """Do nothing."""
+
+    def rollback(self) -> None:
+        """Do nothing."""
+
+
+class _Snapshot:
+    """The base steps, and a copy of its whole state is kept; for optimizers of unknown kind."""
+
+    can_step_at_rate = False
 
     def __init__(self, base: Optimizer, params: Sequence[Tensor]) -> None:
         self._saved = SavedState(base)
         try:
             self.direction = base_direction(base, params)
         except BaseException:
-            self.undo()
+            self.rollback()
             raise
 
-    def undo(self) -> None:
-        """Put the state back."""
+    def commit(self, skip: Tensor) -> None:
+        """Restore the state where `skip` holds."""
+        self._saved.restore_where(skip)
+
+    def rollback(self) -> None:
+        """Restore the state."""
         self._saved.restore()
 
-    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
-        """Put the state back where `skip` holds; return False, since no parameter has moved."""
-        del rate
-        self._saved.restore_where(skip)
-        return False
 
+class _Rehearsal:
+    """The base steps on copies of its state, which are dropped; `commit` lets it step again.
 
-class RehearsedStep:
-    """The base steps on copies of its state, which are dropped; `conclude` lets it step for good.
-
-    That is one step of the base more, in the place of a second state that lives as long as the
-    measurement. The parameters take turns, so that only a part is copied at a time.
+    That is one more step of the base, instead of a second state that lives as long as the
+    measurement. Parts of the parameters take turns, so that only one part is copied at a time.
     """
 
     def __init__(self, base: Optimizer, params: Sequence[Tensor]) -> None:
@@ -74,26 +174,58 @@ class RehearsedStep:
                 self.direction += base_direction(base, part)
                 self._with_state += [p for p in part if p in base.state]
 
-    def undo(self) -> None:
-        """Do nothing: the state is that from before the step."""
+    @property
+    def can_step_at_rate(self) -> bool:
+        """Whether the step of the base is its direction times the rate."""
+        return steps_in_proportion(self._base)
 
-    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
-        """Take the step except where `skip` holds, without waiting for a device if possible.
-
-        Return whether the parameters have moved as well, at `rate`. Otherwise they are left to the
-        caller, and only the state has.
-        """
+    def commit(self, skip: Tensor) -> None:
+        """Step again on the state itself, without waiting for a device if possible."""
         known = skip.device.type == "cpu"
         if known and bool(skip):
-            return False
-        if known and steps_in_proportion(self._base):
-            step_at(self._base, float(rate))
-            return True
+            return
         for part in _parts(self._with_state):
             saved = None if known else SavedState(self._base, part)
             base_direction(self._base, part)
             if saved is not None:
                 saved.restore_where(skip)
+
+    def rollback(self) -> None:
+        """Do nothing: the state is that from before the step."""
+
+
+def tentative_step(
+    base: Optimizer, params: Sequence[Tensor], *, read: bool = False
+) -> RehearsedStep | HeldStep:
+    """Return a step with `undo` and `conclude`; `BaseStep` replaces it."""
+    if read or not steps_by_parameter(base):
+        return HeldStep(base, params)
+    return RehearsedStep(base, params)
+
+
+class HeldStep(_Snapshot):
+    """`BaseStep` replaces it."""
+
+    undo = _Snapshot.rollback
+
+    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
+        """Commit the state; return False, since no parameter has moved."""
+        del rate
+        self.commit(skip)
+        return False
+
+
+class RehearsedStep(_Rehearsal):
+    """`BaseStep` replaces it."""
+
+    undo = _Rehearsal.rollback
+
+    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
+        """Commit the state; return whether the parameters have moved as well, at `rate`."""
+        if skip.device.type == "cpu" and not bool(skip) and self.can_step_at_rate:
+            step_at(self._base, float(rate))
+            return True
+        self.commit(skip)
         return False
 
 
@@ -111,7 +243,7 @@ def step_at(base: Optimizer, rate: float) -> None:
 
 
 def _parts(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Divide tensors into successive parts of about an eighth of their numbers."""
+    """Divide tensors into successive parts of about an eighth of their elements."""
     enough = max(_SMALL, sum(p.numel() for p in params) // _PARTS)
     parts: list[list[Tensor]] = []
     size = enough
@@ -126,7 +258,7 @@ def _parts(params: Sequence[Tensor]) -> list[list[Tensor]]:
 
 @contextmanager
 def _on_copies(base: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
-    """Let `base` find copies of the state of parameters; afterwards the originals again."""
+    """Let `base` find copies of the state of parameters inside the block."""
     originals = {p: base.state[p] for p in params if p in base.state}
     base.state.update({p: copied(state) for p, state in originals.items()})
     try:
