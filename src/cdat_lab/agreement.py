@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from cdat_lab.findings import Findings
 from cdat_lab.races import Key, Result
-from cdat_lab.studies import Findings
 
 EARLY_STEPS = 20
 

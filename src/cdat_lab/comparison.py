@@ -7,9 +7,10 @@ from pathlib import Path
 
 from cdat_lab import backends, conduct, registry
 from cdat_lab.claims import STATEMENTS
+from cdat_lab.findings import Findings
 from cdat_lab.races import Race
 from cdat_lab.report import write_report
-from cdat_lab.studies import Findings, Study, eligible
+from cdat_lab.studies import Study, eligible
 
 BASES = ("adam", "momentum")
 CONTENDERS = ("constant", "warmup-cosine", "armijo", "greedy", "cdat-1.9", "cdat-2-ema-0.9")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cdat_lab import claims, model, provenance, races, runs, storage
+from cdat_lab.findings import Findings
 from cdat_lab.races import Job, Race, Result, Results
-from cdat_lab.studies import Findings, Study, Sweep
+from cdat_lab.studies import Study, Sweep
 
 PLAN = "study.json"
 RUNS = "runs"

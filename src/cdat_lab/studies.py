@@ -1,18 +1,13 @@
-"""Studies: the races, sweeps and simulations of one command, and their results."""
+"""Studies: the races, sweeps and simulations of one command."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cdat_lab import backends, registry
 from cdat_lab.contenders import Contender, cdat_contender
-from cdat_lab.races import Job, Key, Race, Result
-
-if TYPE_CHECKING:
-    from cdat_lab.claims import Verdict
-    from cdat_lab.model import Simulation
+from cdat_lab.races import Job, Race
 
 
 @dataclass(frozen=True)
@@ -92,40 +87,6 @@ class Study:
         """Return what is to be trained, each job once."""
         keys = dict.fromkeys(key for race in self.all_races() for key in race.result_keys())
         return [Job.of(key) for key in keys]
-
-
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """A study with what came out of it.
-
-    Attributes
-    ----------
-    study : Study
-        The plan.
-    results : mapping of Key to Result
-        What was trained; of an interrupted study not everything.
-    simulations : tuple of Simulation
-        The joint model, if it was run.
-    verdicts : tuple of Verdict
-        What is said of the claims.
-    notices : tuple of str
-        What was left out, and why.
-    """
-
-    study: Study
-    results: Mapping[Key, Result]
-    simulations: tuple[Simulation, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
-    notices: tuple[str, ...] = field(default=())
-
-    def of(self, race: Race, contender: str) -> list[Result]:
-        """Return the results of a contender that are there, in the order of the seeds."""
-        keys = (race.key(contender, seed) for seed in race.seeds)
-        return [self.results[key] for key in keys if key in self.results]
-
-    def noted(self, *notices: str) -> Findings:
-        """Return the same with further notices, each once."""
-        return replace(self, notices=tuple(dict.fromkeys((*notices, *self.notices))))
 
 
 def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str], list[str]]:

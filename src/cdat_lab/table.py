@@ -10,10 +10,11 @@ from typing import Any
 import polars as pl
 
 from cdat_lab.bases import Base
+from cdat_lab.findings import Findings
 from cdat_lab.measures import REFERENCE, rate_times_sharpness, sharpness, sweep_ratios
 from cdat_lab.races import Race, Result
 from cdat_lab.registry import find_base, find_contender
-from cdat_lab.studies import Findings, Sweep
+from cdat_lab.studies import Sweep
 
 RESULTS = {
     "contender": pl.String,

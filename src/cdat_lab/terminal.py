@@ -16,8 +16,9 @@ from rich.text import Text
 
 from cdat_lab import claims, measures, registry, table
 from cdat_lab.backends import Problem
+from cdat_lab.findings import Findings
 from cdat_lab.races import Job, Race, Result
-from cdat_lab.studies import Findings, Sweep
+from cdat_lab.studies import Sweep
 
 PLAIN_WIDTH = 118
 """Characters in a line where the output is no terminal."""

@@ -12,10 +12,11 @@ import numpy as np
 from cdat_lab import runs
 from cdat_lab.backends import Problem, Trajectory
 from cdat_lab.claims import Verdict
+from cdat_lab.findings import Findings
 from cdat_lab.races import Key, Race, Result
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.runs import Run, RunConfig
-from cdat_lab.studies import Findings, Study, Sweep
+from cdat_lab.studies import Study, Sweep
 from cdat_lab.tasks import Task
 from cdat_lab.tuning import Grid
 

@@ -22,9 +22,9 @@ from cdat_lab import model, table
 from cdat_lab.bases import BASES, Base
 from cdat_lab.claims import STATEMENTS
 from cdat_lab.contenders import CONTENDERS
+from cdat_lab.findings import Findings
 from cdat_lab.report import curves, render, write_report
 from cdat_lab.report.styles import BUILT_IN, styles
-from cdat_lab.studies import Findings
 from cdat_lab.tasks import TASKS
 from tests.lab import made_up
 

@@ -15,8 +15,9 @@ from cdat_lab import backends, terminal
 from cdat_lab.agreement import agreement
 from cdat_lab.cli import _options
 from cdat_lab.conduct import RUNS, conduct
+from cdat_lab.findings import Findings
 from cdat_lab.report import write_report
-from cdat_lab.studies import Findings, Study
+from cdat_lab.studies import Study
 
 
 def carry_out(

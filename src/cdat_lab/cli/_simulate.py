@@ -10,7 +10,8 @@ import typer
 from cdat_lab import model, registry
 from cdat_lab.claims import verdicts
 from cdat_lab.cli import _options, _session
-from cdat_lab.studies import Findings, Study
+from cdat_lab.findings import Findings
+from cdat_lab.studies import Study
 
 
 def simulate(

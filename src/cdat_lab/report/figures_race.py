@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from cdat_lab.bases import Base
+from cdat_lab.findings import Findings
 from cdat_lab.measures import comparable
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender
@@ -18,7 +19,6 @@ from cdat_lab.report.curves import STEP, Band
 from cdat_lab.report.markup import TIMES, label
 from cdat_lab.report.styles import EDGE, Style
 from cdat_lab.runs import Run
-from cdat_lab.studies import Findings
 
 RISE = 30.0
 """How far above the initial loss the panels reach at most, for the sake of runs that diverged."""

@@ -11,11 +11,11 @@ from plotly.offline import get_plotlyjs
 
 from cdat_lab import storage, table
 from cdat_lab.claims import STATEMENTS
+from cdat_lab.findings import Findings
 from cdat_lab.measures import REFERENCE
 from cdat_lab.report import results, sections
 from cdat_lab.report.markup import asset
 from cdat_lab.report.styles import Style, styles
-from cdat_lab.studies import Findings
 
 
 def write_report(findings: Findings, folder: Path) -> Path:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from html import escape
 
 from cdat_lab import backends, table
+from cdat_lab.findings import Findings
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender, find_task
 from cdat_lab.report import figures_grid, figures_model, figures_race, figures_sweep, markup
 from cdat_lab.report.markup import words
 from cdat_lab.report.sections import Section
 from cdat_lab.report.styles import EDGE, Style
-from cdat_lab.studies import Findings, Sweep
+from cdat_lab.studies import Sweep
 
 Styles = Mapping[str, Style]
 

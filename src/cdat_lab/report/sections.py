@@ -11,10 +11,10 @@ from cdat_lab import backends, provenance, table
 from cdat_lab.bases import Base
 from cdat_lab.claims import STATEMENTS, Verdict
 from cdat_lab.contenders import Contender
+from cdat_lab.findings import Findings
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.report import markup
 from cdat_lab.report.markup import words
-from cdat_lab.studies import Findings
 
 PAPER = (
     "V. Roulet, A. Agarwala, J.-B. Grill, G. Swirszcz, M. Blondel, F. Pedregosa, “Stepping on the "
