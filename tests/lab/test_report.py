@@ -20,7 +20,7 @@ import pytest
 
 from cdat_lab import model, table
 from cdat_lab.bases import BASES, Base
-from cdat_lab.claims import STATEMENTS
+from cdat_lab.claims import STATEMENTS, Verdict
 from cdat_lab.contenders import CONTENDERS
 from cdat_lab.findings import Findings
 from cdat_lab.report import curves, render, write_report
@@ -158,6 +158,35 @@ def test_what_users_write_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert task.description in found.text
     names = {trace.get("name") for trace in figure(found, "race-1")["data"]}
     assert '&lt;/script&gt;&lt;img src=x onerror="alert(1)"&gt; %&#123;x} &lt;b&gt;' in names
+
+
+def test_names_cannot_leave_their_place_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registration refuses such names; the page does not rely on it."""
+    task, mine, base = (f"{name}\"'><script>{name}()</script>" for name in ("task", "mine", "base"))
+    contender = dataclasses.replace(CONTENDERS["cdat-2"], name=mine, label=mine)
+    monkeypatch.setitem(TASKS, task, lambda seed: made_up.TASK)
+    monkeypatch.setitem(CONTENDERS, mine, contender)
+    monkeypatch.setitem(BASES, base, Base("own", base, edge=3.0))
+    race = made_up.race(base, ("constant", mine), task=task)
+    verdict = Verdict("A", task, mine, base, "holds", (1.0,))
+    html = render(made_up.findings(races=[race], verdicts=(verdict,), notices=(task, mine)))
+
+    found = Page(html)
+    assert "<script>task" not in html
+    assert [tag for tag, _ in found.elements].count("script") == 2 + len(found.figures)
+    known = {"scope", "id", "href", "title", "lang", "charset", "name", "content", "rel", "class"}
+    known |= {"aria-label", "aria-hidden", "aria-pressed", "role", "type", "data-label"}
+    known |= {"data-group", "data-format", "width", "height", "viewbox", "d", "stroke"}
+    known |= {"stroke-width", "stroke-dasharray"}
+    assert {name for _, attributes in found.elements for name in attributes} <= known
+    groups = [a["data-group"] for _, a in found.elements if "data-group" in a]
+    assert mine in groups
+    names = [a["id"] for tag, a in found.elements if tag == "figure"]
+    assert f"race-1-{task}-{base}-jax" in names
+    links = [a["href"][1:] for tag, a in found.elements if tag == "a"]
+    assert links == found.ids("section")
+    for text in (task, mine, base):
+        assert found.text.count(text) >= 2
 
 
 def test_no_cell_is_taken_for_a_formula() -> None:

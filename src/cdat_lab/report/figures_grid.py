@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from cdat_lab.races import Result
 from cdat_lab.registry import find_contender
 from cdat_lab.report import layout
-from cdat_lab.report.markup import MINUS, label
+from cdat_lab.report.charts import MINUS, label
 from cdat_lab.report.styles import Style
 
 

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 
 from cdat_lab.model import Simulation
 from cdat_lab.report import curves, layout
+from cdat_lab.report.charts import TIMES, label
 from cdat_lab.report.curves import Floats
 from cdat_lab.report.figures_race import edge_line
-from cdat_lab.report.markup import TIMES, label
 from cdat_lab.report.styles import EDGE, Style
 
 EDGE_OF_MODEL = 2.0

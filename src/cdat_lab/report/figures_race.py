@@ -15,8 +15,8 @@ from cdat_lab.measures import comparable
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender
 from cdat_lab.report import curves, layout
+from cdat_lab.report.charts import TIMES, label
 from cdat_lab.report.curves import STEP, Band
-from cdat_lab.report.markup import TIMES, label
 from cdat_lab.report.styles import EDGE, Style
 from cdat_lab.runs import Run
 

@@ -13,7 +13,7 @@ import polars as pl
 from cdat_lab import table
 from cdat_lab.findings import Findings
 from cdat_lab.report import layout
-from cdat_lab.report.markup import CROSS, MINUS, NOTHING
+from cdat_lab.report.charts import CROSS, MINUS, NOTHING
 from cdat_lab.report.styles import BLACK, BLUE, VERMILLION
 from cdat_lab.studies import Sweep
 

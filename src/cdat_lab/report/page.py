@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from pathlib import Path
 
 import polars as pl
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cdat_lab import storage, table
@@ -14,7 +14,7 @@ from cdat_lab.claims import STATEMENTS
 from cdat_lab.findings import Findings
 from cdat_lab.measures import REFERENCE
 from cdat_lab.report import results, sections
-from cdat_lab.report.markup import asset
+from cdat_lab.report.rendering import render_template
 from cdat_lab.report.styles import Style, styles
 
 
@@ -53,24 +53,14 @@ def render(findings: Findings) -> str:
         sections.configuration(findings),
     ]
     parts = [part for part in found if part is not None]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{escape(findings.study.title)}</title>",
-            f"<style>{asset('report.css')}</style>",
-            f"<script>{get_plotlyjs()}</script>",
-            "</head><body>",
-            sections.header(findings, [(part.name, part.link) for part in parts]),
-            "<main>",
-            *(part.html for part in parts),
-            "</main>",
-            f'<script type="module">{asset("report.js")}</script>',
-            "</body></html>\n",
-        ]
+    page = render_template(
+        "page",
+        title=findings.study.title,
+        plotly=Markup(get_plotlyjs()),
+        header=sections.header(findings, parts),
+        sections=parts,
     )
+    return str(page)
 
 
 def verdicts(findings: Findings) -> pl.DataFrame:

@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from markupsafe import Markup
 
 from cdat_lab import backends, provenance, table
 from cdat_lab.bases import Base
-from cdat_lab.claims import STATEMENTS, Verdict
+from cdat_lab.claims import STATEMENTS
 from cdat_lab.contenders import Contender
 from cdat_lab.findings import Findings
 from cdat_lab.registry import find_base, find_contender
-from cdat_lab.report import markup
-from cdat_lab.report.markup import words
-
-PAPER = (
-    "V. Roulet, A. Agarwala, J.-B. Grill, G. Swirszcz, M. Blondel, F. Pedregosa, “Stepping on the "
-    "Edge: Curvature Aware Learning Rate Tuners”, 2024, arXiv:2407.06183"
-)
-
-SIGNS = {"holds": "✓", "in part": "~", "does not hold": "✗", "unknown": "?"}
+from cdat_lab.report.rendering import render_template
 
 
 class Section(NamedTuple):
-    """A section of the page: name of its element, text of the link to it, and its HTML."""
+    """A section of the page: id of its element, text of the link to it, content and title."""
 
     name: str
     link: str
-    html: str
+    body: Markup
+    title: str = ""  # the text of the link unless given
 
 
-def header(findings: Findings, links: Iterable[tuple[str, str]]) -> str:
+def header(findings: Findings, sections: Sequence[Section]) -> Markup:
     """Return the title, what was done, what was left out, and the links to all sections."""
-    study = findings.study
-    notices = [*findings.notices, *_doubts(findings)]
-    parts = [
-        f"<header><h1>{escape(study.title)}</h1>",
-        f'<p class="lead">{words(_done(findings))}</p>',
-        '<p class="lead">CDAT sets the learning rate to sigma times &minus;slope over curvature of '
-        f"the loss along the update of a base optimizer ({escape(PAPER)}).</p>",
-        f'<p class="caption">{escape(_versions(findings))}</p>',
-    ]
-    if notices:
-        items = "".join(f"<li>{escape(notice)}</li>" for notice in notices)
-        parts.append(f'<div class="notices"><h2>Notices</h2><ul>{items}</ul></div>')
-    items = "".join(f'<li><a href="#{name}">{escape(link)}</a></li>' for name, link in links)
-    parts.append(f'<nav aria-label="Sections"><ul>{items}</ul></nav></header>')
-    return "\n".join(parts)
+    return render_template(
+        "header",
+        title=findings.study.title,
+        done=_done(findings),
+        versions=_versions(findings),
+        notices=[*findings.notices, *_doubts(findings)],
+        sections=sections,
+    )
 
 
 def _done(findings: Findings) -> str:
@@ -108,39 +95,19 @@ def verdicts(findings: Findings) -> Section | None:
     """Return the section on the claims; None if there are no verdicts."""
     if not findings.verdicts:
         return None
-    caption = (
-        "The claims are the paper's, in our words. The quantities and ranges that stand for them "
-        "here are ours, and were set before these runs, from a first study on other seeds. A "
-        "verdict is about these small problems: it holds if every seed is in the range, in part if "
-        "some are."
-    )
-    parts = [f'<p class="caption">{words(caption)}</p>']
-    for claim in dict.fromkeys(verdict.claim for verdict in findings.verdicts):
-        found = [verdict for verdict in findings.verdicts if verdict.claim == claim]
-        rows = [("", _verdict(verdict)) for verdict in found]
-        headings = ("setting", "what the claim asks for here", "measured", "outcome")
-        statement = words(STATEMENTS.get(claim, ""))
-        parts.append(
-            f'<h3 class="claim"><b>{escape(claim)}</b> {statement}'
-            f'<span class="tally">{_tally(found)}</span></h3>'
-            + markup.table(headings, rows, kind="stack")
+    claims = []
+    for letter in dict.fromkeys(verdict.claim for verdict in findings.verdicts):
+        found = [verdict for verdict in findings.verdicts if verdict.claim == letter]
+        claims.append(
+            {
+                "letter": letter,
+                "statement": STATEMENTS.get(letter, ""),
+                "tally": Counter(verdict.outcome for verdict in found),
+                "verdicts": found,
+            }
         )
-    return Section("verdicts", "Verdicts", markup.section("verdicts", "Verdicts", *parts))
-
-
-def _verdict(verdict: Verdict) -> list[str]:
-    texts = (verdict.setting, verdict.expected, verdict.measured)
-    return [*map(words, texts), _outcome(verdict.outcome, verdict.outcome)]
-
-
-def _outcome(outcome: str, text: str) -> str:
-    kind = outcome.replace(" ", "-")
-    return f'<span class="outcome {escape(kind)}"><i>{SIGNS[outcome]}</i> {escape(text)}</span>'
-
-
-def _tally(found: Sequence[Verdict]) -> str:
-    count = Counter(verdict.outcome for verdict in found)
-    return "".join(_outcome(name, f"{count[name]} {name}") for name in SIGNS if count[name])  # type: ignore[index]
+    body = render_template("verdicts", claims=claims)
+    return Section("verdicts", "Verdicts", body)
 
 
 def times(findings: Findings) -> Section | None:
@@ -153,12 +120,14 @@ def times(findings: Findings) -> Section | None:
     rows, before = [], None
     for row in frame.iter_rows(named=True):
         place = (row["task"], row["base"], row["batch_size"])
-        where = f"{row['task']}, {row['base']}, {table.batch(row['batch_size'])}"
-        cells = [escape(where) if place != before else "", escape(row["contender"])]
-        for unit in ("ms", "compile"):
-            values = (row[f"{name} {unit}"] for name in names)
-            cells += ["" if value is None else f"{value:.2f}" for value in values]
-        rows.append(("first" if place != before else "", cells))
+        race = f"{row['task']}, {row['base']}, {table.batch(row['batch_size'])}"
+        rows.append(
+            {
+                "race": race if place != before else "",
+                "contender": row["contender"],
+                "numbers": [row[f"{name} {unit}"] for unit in ("ms", "compile") for name in names],
+            }
+        )
         before = place
     headings = (
         "race",
@@ -166,59 +135,30 @@ def times(findings: Findings) -> Section | None:
         *(f"ms per step, {label}" for label in labels),
         *(f"seconds of compilation, {label}" for label in labels),
     )
-    caption = (
-        "Wall clock on one thread. Of a step: a median over the seeds, without compilation, loss "
-        "on all data and sharpness. Of compilation: the most of a seed. These numbers change from "
-        "one execution to the next, and with what else the machine does; a program that was "
-        "compiled before is not compiled again."
-    )
-    html = markup.section(
-        "times",
-        "Times",
-        f'<p class="caption">{words(caption)}</p>',
-        markup.table(headings, rows, numbers=range(2, len(headings))),
-    )
-    return Section("times", "Times", html)
+    body = render_template("times", headings=headings, rows=rows)
+    return Section("times", "Times", body)
 
 
 def configuration(findings: Findings) -> Section:
     """Return the section that says how to repeat the study."""
     study = findings.study
     races = list(dict.fromkeys(study.all_races()))
-    parts = [f"<p>To repeat this: <code>{escape(study.command)}</code></p>"]
-    if found := identities(findings):
-        lines = [
-            f"{backends.BACKENDS[backend].label}: {_packages(versions)}; code {code}"
-            for backend, versions, code in found
-        ]
-        parts += ["<h3>Versions, and the digest of the code</h3>", _list(lines)]
-    if races:
-        headings = ("task", "base", "batch size", "backend", "steps", "seeds", "contenders")
-        rows = [
-            (
-                "",
-                [
-                    escape(race.task),
-                    escape(find_base(race.base).label),
-                    "full" if race.batch_size is None else str(race.batch_size),
-                    escape(race.backend),
-                    str(race.steps),
-                    ", ".join(map(str, race.seeds)),
-                    escape(", ".join(race.contenders)),
-                ],
-            )
-            for race in races
-        ]
-        parts += ["<h3>Races</h3>", markup.table(headings, rows, numbers=(4,), kind="long")]
-        bases = dict.fromkeys(race.base for race in races)
-        parts += ["<h3>Base optimizers</h3>", _list(describe_base(find_base(b)) for b in bases)]
     names = dict.fromkeys(name for race in races for name in race.contenders)
     entrants = [find_contender(name) for name in names]
     entrants += [s.contender for s in findings.simulations if s.contender.name not in names]
-    if entrants:
-        parts += ["<h3>Contenders</h3>", _list(map(describe_contender, entrants))]
-    html = markup.section("configuration", "Configuration", *parts)
-    return Section("configuration", "Configuration", html)
+    bases = {race.base: find_base(race.base) for race in races}
+    body = render_template(
+        "configuration",
+        command=study.command,
+        versions=[
+            f"{backends.BACKENDS[backend].label}: {_packages(versions)}; code {code}"
+            for backend, versions, code in identities(findings)
+        ],
+        races=[(race, bases[race.base].label) for race in races],
+        bases=[describe_base(base) for base in bases.values()],
+        contenders=[describe_contender(contender) for contender in entrants],
+    )
+    return Section("configuration", "Configuration", body)
 
 
 def describe_base(base: Base) -> str:
@@ -242,7 +182,3 @@ def describe_contender(contender: Contender) -> str:
     if contender.optimizer is not None:
         settings.append("an optimizer of its own")
     return f"{contender.label} ({contender.name}): {', '.join(settings) or 'no setting'}"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
