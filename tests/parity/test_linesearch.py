@@ -78,7 +78,7 @@ def driven(search, scalar, function, previous):
         if "slope" in search.trial_needs:
             told.append(slope_at(trials[-1], function))
         state = search.tell(state, *map(scalar, told))
-    return trials, [float(field) for field in state]
+    return trials, [float(field) for field in jax.tree.leaves(state)]
 
 
 @functools.cache

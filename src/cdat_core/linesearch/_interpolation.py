@@ -7,7 +7,8 @@ elementwise and free of branches; points may hold infinities and still give no w
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from cdat_core._arrays import namespace
 from cdat_core._types import Scalar
@@ -19,7 +20,15 @@ SHRINK = 0.25  # ours: what remains of a stride that led to a loss which is not 
 
 
 class Point(NamedTuple):
-    """A step with the loss and its derivative there; both infinite if the loss is not finite."""
+    """A step, and the loss and its derivative along the update there.
+
+    Attributes
+    ----------
+    step : Scalar
+        The step along the update.
+    value, slope : Scalar
+        The loss and its derivative; both infinite if either is not finite.
+    """
 
     step: Scalar
     value: Scalar
@@ -27,21 +36,35 @@ class Point(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The interval that the search works on.
+    """The interval that `zoom` searches.
 
     Attributes
     ----------
     low : Point
-        The end of lower loss, from which the loss descends into the interval.
+        The end of lower loss, from which the loss descends into the interval; step 0 at first.
     high : Point
         The other end, on either side of `low`; meaningless until `closed`.
     closed : Scalar
-        Boolean: whether an acceptable step is known to lie between the two.
+        Boolean: whether an acceptable step is known to lie between the two ends.
     """
 
     low: Point
     high: Point
     closed: Scalar
+
+
+StateT = TypeVar("StateT", bound=tuple[Any, ...])
+
+
+def map_scalars(function: Callable[..., Scalar], *states: StateT) -> StateT:
+    """Apply `function` to each scalar of NamedTuples of the same type, nested ones included."""
+
+    def apply(*fields: Any) -> Any:
+        if isinstance(fields[0], tuple):
+            return map_scalars(function, *fields)
+        return function(*fields)
+
+    return type(states[0])(*map(apply, *states))
 
 
 def _divided(numerator: Scalar, denominator: Scalar, exists: Scalar) -> tuple[Scalar, Scalar]:
@@ -175,6 +198,6 @@ def refine(
     return refined, step
 
 
-def _chosen(condition: Any, a: Point, b: Point) -> Point:
+def _chosen(condition: Scalar, a: Point, b: Point) -> Point:
     xp = namespace(a.step)
-    return Point(*(xp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
+    return map_scalars(lambda x, y: xp.where(condition, x, y), a, b)

@@ -10,7 +10,13 @@ from cdat_core import _validation
 from cdat_core._arrays import cast, counter, filled, namespace, require_floating
 from cdat_core._types import Measurement, Scalar
 from cdat_core.linesearch._base import LineSearch
-from cdat_core.linesearch._interpolation import REMAINDER, Bracket, Point, refine
+from cdat_core.linesearch._interpolation import (
+    REMAINDER,
+    Bracket,
+    Point,
+    map_scalars,
+    refine,
+)
 
 
 class ZoomState(NamedTuple):
@@ -26,12 +32,8 @@ class ZoomState(NamedTuple):
         The loss and the directional derivative at step 0.
     best_step_size, best_value : Scalar
         The trial of lowest loss so far among those that lowered the loss enough (step 0 if none).
-    low_step_size, low_value, low_slope : Scalar
-        The end of the bracket from which the loss descends into it (step 0 to begin with).
-    high_step_size, high_value, high_slope : Scalar
-        The other end; the last two are infinite where the loss was not finite.
-    bracketed : Scalar
-        Boolean: whether an acceptable step is known to lie between the two ends.
+    bracket : Bracket
+        The interval to search.
     tilted : Scalar
         Boolean: whether losses are still compared after subtracting the decrease asked for.
     width, previous_width : Scalar
@@ -47,13 +49,7 @@ class ZoomState(NamedTuple):
     slope: Scalar
     best_step_size: Scalar
     best_value: Scalar
-    low_step_size: Scalar
-    low_value: Scalar
-    low_slope: Scalar
-    high_step_size: Scalar
-    high_value: Scalar
-    high_slope: Scalar
-    bracketed: Scalar
+    bracket: Bracket
     tilted: Scalar
     width: Scalar
     previous_width: Scalar
@@ -162,7 +158,9 @@ def zoom(
         max_step_size = _validation.positive("max_step_size", max_step_size)
     max_trials = _validation.count("max_trials", max_trials)
 
-    rules = _Rules(sufficient_decrease, curvature_condition, value_rtol, max_step_size, max_trials)
+    options = _Options(
+        sufficient_decrease, curvature_condition, value_rtol, max_step_size, max_trials
+    )
 
     def init(
         measurement: Measurement, like: Scalar, previous_step_size: Scalar | None = None
@@ -177,7 +175,7 @@ def zoom(
             grown = cast(increase_factor, like) * filled(like, previous_step_size)
             guess = xp.where((grown > 0) & xp.isfinite(grown), grown, guess)
         value, slope = filled(like, measurement.value), filled(like, measurement.slope)
-        return _started(rules, guess, value, slope)
+        return _started(options, guess, value, slope)
 
     def tell(state: ZoomState, value: Scalar, slope: Scalar | None = None) -> ZoomState:
         if slope is None:
@@ -185,19 +183,24 @@ def zoom(
             raise TypeError(msg)
         like, done = state.step_size, state.done
         xp = namespace(like)
-        value, slope = filled(like, value), filled(like, slope)
-        # What is done stays as it is; zeros take its place, so that no infinity meets another.
-        running = (xp.where(done, xp.zeros_like(field), field) for field in (*state, value, slope))
-        *fields, value, slope = running
-        told = _told(rules, ZoomState(*fields), value, slope)
-        pairs = zip(state, told, strict=True)
-        return ZoomState(*(xp.where(done, old, new) for old, new in pairs))
+
+        def unless_done(field: Scalar) -> Scalar:
+            return xp.where(done, xp.zeros_like(field), field)
+
+        # A search that is done is computed with zeros, which raise no warning, and kept as it was.
+        told = _told(
+            options,
+            map_scalars(unless_done, state),
+            unless_done(filled(like, value)),
+            unless_done(filled(like, slope)),
+        )
+        return map_scalars(lambda old, new: xp.where(done, old, new), state, told)
 
     needs = frozenset({"value", "slope"})
     return LineSearch(init, tell, needs, trial_needs=needs)
 
 
-class _Rules(NamedTuple):
+class _Options(NamedTuple):
     sufficient_decrease: Any
     curvature_condition: Any
     value_rtol: Any
@@ -211,10 +214,11 @@ class _Rules(NamedTuple):
         return filled(like, unbounded if self.max_step_size is None else self.max_step_size)
 
 
-def _started(rules: _Rules, guess: Scalar, value: Scalar, slope: Scalar) -> ZoomState:
-    """Return the state that asks for the first trial, or has failed for want of a descent."""
+def _started(options: _Options, guess: Scalar, value: Scalar, slope: Scalar) -> ZoomState:
+    """Return the state that asks for the first trial, or has failed because the slope is no descent."""
     xp = namespace(guess)
-    zero, largest = xp.zeros_like(guess), rules.largest(guess)
+    zero, largest = xp.zeros_like(guess), options.largest(guess)
+    start = Point(zero, value, slope)
     descends = xp.isfinite(value) & xp.isfinite(slope) & (slope < 0)
     return ZoomState(
         step_size=xp.where(descends, xp.where(guess > largest, largest, guess), zero),
@@ -224,13 +228,7 @@ def _started(rules: _Rules, guess: Scalar, value: Scalar, slope: Scalar) -> Zoom
         slope=slope,
         best_step_size=zero,
         best_value=value,
-        low_step_size=zero,
-        low_value=value,
-        low_slope=slope,
-        high_step_size=zero,
-        high_value=value,
-        high_slope=slope,
-        bracketed=xp.zeros_like(descends),
+        bracket=Bracket(start, start, closed=xp.zeros_like(descends)),
         tilted=xp.ones_like(descends),
         width=largest,
         previous_width=largest,
@@ -238,18 +236,18 @@ def _started(rules: _Rules, guess: Scalar, value: Scalar, slope: Scalar) -> Zoom
     )
 
 
-def _told(rules: _Rules, state: ZoomState, value: Scalar, slope: Scalar) -> ZoomState:
+def _told(options: _Options, state: ZoomState, value: Scalar, slope: Scalar) -> ZoomState:
     """Return the state after a trial, whether or not the search was done before."""
     like = state.step_size
     xp = namespace(like)
     eps = float(xp.finfo(like.dtype).eps)
-    rtol = 2 * eps if rules.value_rtol is None else rules.value_rtol
+    rtol = 2 * eps if options.value_rtol is None else options.value_rtol
     rounding = cast(rtol, like) * xp.abs(state.value)
 
-    demanded = cast(rules.sufficient_decrease, like) * state.slope
+    demanded = cast(options.sufficient_decrease, like) * state.slope
     finite = xp.isfinite(value) & xp.isfinite(slope)
     decreased = finite & (value <= state.value + demanded * like + rounding)
-    flat = xp.abs(slope) <= cast(rules.curvature_condition, like) * xp.abs(state.slope)
+    flat = xp.abs(slope) <= cast(options.curvature_condition, like) * xp.abs(state.slope)
     accepted = decreased & flat
     better = decreased & ((state.best_step_size == 0) | (value < state.best_value))
     best_step_size = xp.where(better, like, state.best_step_size)
@@ -260,15 +258,11 @@ def _told(rules: _Rules, state: ZoomState, value: Scalar, slope: Scalar) -> Zoom
     infinite = xp.full_like(like, math.inf)
     trial = Point(like, xp.where(finite, value, infinite), xp.where(finite, slope, infinite))
     bracket, following = refine(
-        Bracket(
-            Point(state.low_step_size, state.low_value, state.low_slope),
-            Point(state.high_step_size, state.high_value, state.high_slope),
-            state.bracketed,
-        ),
+        state.bracket,
         trial,
         tilt=xp.where(tilted, demanded, xp.zeros_like(demanded)),
         rounding=rounding,
-        largest=rules.largest(like),
+        largest=options.largest(like),
     )
     low, high, closed = bracket
 
@@ -284,23 +278,15 @@ def _told(rules: _Rules, state: ZoomState, value: Scalar, slope: Scalar) -> Zoom
     stuck = xp.where(closed, narrow, following <= like)
 
     trials = state.trials + 1
-    failed = ~accepted & (stuck | (trials >= rules.max_trials))
+    failed = ~accepted & (stuck | (trials >= options.max_trials))
     following = xp.where(failed, best_step_size, following)
-    return ZoomState(
+    return state._replace(
         step_size=xp.where(accepted, like, following),
         done=accepted | failed,
         failed=failed,
-        value=state.value,
-        slope=state.slope,
         best_step_size=best_step_size,
         best_value=xp.where(better, value, state.best_value),
-        low_step_size=low.step,
-        low_value=low.value,
-        low_slope=low.slope,
-        high_step_size=high.step,
-        high_value=high.value,
-        high_slope=high.slope,
-        bracketed=closed,
+        bracket=bracket,
         tilted=tilted,
         width=xp.where(closed, width, state.width),
         previous_width=xp.where(closed, state.width, state.previous_width),
