@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from cdat_torch.curvature import replay
 from cdat_torch.curvature.autograd import Differentiated, Kernels, LossFn, differentiate
 from cdat_torch.curvature.gauss_newton import CompositeLoss, first_line, tensors_of
 from cdat_torch.curvature.methods import (
@@ -26,7 +27,7 @@ from cdat_torch.curvature.methods import (
     Method,
     NoCurvature,
 )
-from cdat_torch.curvature.replay import IS_TESTED, Mismatch, Unsupported
+from cdat_torch.curvature.replay import Mismatch, Unsupported
 from cdat_torch.distributed.replicas import several_processes
 from cdat_torch.kernels import anything_compiled, further_differentiable, logger
 from cdat_torch.messages import warn
@@ -61,6 +62,8 @@ class Methods:
         ------
         ValueError
             If there is no such method.
+        RuntimeError
+            For "replay" under a PyTorch that it does not work with.
         """
         if curvature == "hessian":
             warn('curvature="hessian" is deprecated: it is called "hvp" now', DeprecationWarning)
@@ -70,9 +73,11 @@ class Methods:
             msg = f"curvature must be one of {CURVATURES}, got {curvature!r}{hint}"
             raise ValueError(msg)
         if curvature == "auto":
-            return cls((*(("replay",) if IS_TESTED else ()), "hvp", "finite_difference"))
+            return cls((*(("replay",) if replay.is_open() else ()), "hvp", "finite_difference"))
         if curvature == "gauss_newton":
-            return cls((*((REPLAYED_GAUSS_NEWTON,) if IS_TESTED else ()), curvature))
+            return cls((*((REPLAYED_GAUSS_NEWTON,) if replay.is_open() else ()), curvature))
+        if curvature == "replay":
+            replay.require_open()
         return cls((curvature,))
 
     @classmethod

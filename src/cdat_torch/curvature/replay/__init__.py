@@ -7,8 +7,6 @@ backward pass and then carries the direction through the graph; each operation h
 `losses`, or is left to `fallback`.
 """
 
-import torch
-
 from cdat_torch.curvature.replay import (
     attention,
     elementwise,
@@ -22,12 +20,9 @@ from cdat_torch.curvature.replay import (
 from cdat_torch.curvature.replay.recording import Recording
 from cdat_torch.curvature.replay.registry import Unsupported
 from cdat_torch.curvature.replay.verification import Mismatch
+from cdat_torch.curvature.replay.versions import is_open, require_open
 
-__all__ = ["IS_TESTED", "Mismatch", "Recording", "Unsupported"]
-
-_TESTED_VERSIONS = ("2.13",)
-IS_TESTED = ".".join(torch.__version__.split(".")[:2]) in _TESTED_VERSIONS
-"""Whether the rules were tested with this PyTorch: what its nodes have saved is no stable API."""
+__all__ = ["Mismatch", "Recording", "Unsupported", "is_open", "require_open"]
 
 # Importing the modules registers their rules.
 _RULES = (
