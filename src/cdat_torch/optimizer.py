@@ -18,9 +18,7 @@ from cdat_core.extend import StepInfo, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base import groups
-from cdat_torch.base.direction import base_direction
-from cdat_torch.base.rehearsal import tentative_step
-from cdat_torch.distributed.dtensor import locals_of
+from cdat_torch.base.rehearsal import BaseStep
 from cdat_torch.distributed.fsdp import refuse_gauss_newton, reshard
 from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.interrupts import defer_interrupts
@@ -373,25 +371,21 @@ class TunedOptimizer(Optimizer):
     ) -> Decision:
         """Let the base propose its step, measure along it, and move at the tuned rate."""
         rule = self._rule
-        tentative = None
-        if rule.measures or rule.needs_closure or self._replicas.size > 1:  # may fail
-            tentative = tentative_step(self.base, params, read=rule.tracker is not None)
-        try:
-            direction = tentative.direction if tentative else base_direction(self.base, params)
-            step = locals_of(direction)
-            weights, factors = groups.weights_and_factors(self.param_groups, params)
-            groups.scale_in_place(step, weights)
-            if rule.measures_scheduled_step:
-                groups.scale_in_place(step, factors)
+        proposed = BaseStep(
+            self.base,
+            params,
+            reversible=bool(rule.measures or rule.needs_closure or self._replicas.size > 1),
+            needs_state=rule.tracker is not None,
+            along_step=rule.measures_scheduled_step,
+        )
+        with proposed as step:  # an error in here rolls it back
             decision = rule.choose(
-                evaluation, value, params, direction, present=self._rate, replicas=self._replicas
+                evaluation,
+                value,
+                params,
+                step.direction,
+                present=self._rate,
+                replicas=self._replicas,
             )
-            if not rule.measures_scheduled_step:
-                groups.scale_in_place(step, factors)
-        except BaseException:
-            if tentative:
-                tentative.undo()
-            raise
-        if not (tentative and tentative.conclude(decision.rate, skip=decision.skip)):
-            groups.move(locals_of(params), step, decision.rate, skip=decision.skip)
+        step.commit(decision.rate, skip=decision.skip)
         return decision

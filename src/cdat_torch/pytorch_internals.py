@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.adam import adam
+from torch.utils import _pytree as pytree  # noqa: F401 (there is no public one)
 
 Binding = tuple[Any, str]
 """An object and the name of one of its attributes."""
@@ -200,6 +203,24 @@ def has_compiled() -> bool:
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     backends = {} if eval_frame is None else getattr(eval_frame, "cached_backends", {0: "unknown"})
     return any(backend is not None for backend in backends.values())
+
+
+def sets_grad_mode(function: Any) -> bool:
+    """Return whether this is the function behind ``torch.no_grad`` and its relatives.
+
+    A mode for functions sees it, and nothing public names it. Without the name: False.
+    """
+    return function is getattr(torch._C, "_set_grad_enabled", None)
+
+
+def without_forward_gradients() -> AbstractContextManager[Any]:
+    """Return a context in which forward-mode differentiation propagates no tangents.
+
+    ``torch.no_grad`` does that for reverse mode only. Without the name the context does nothing,
+    and the Gauss-Newton curvature follows the tangents of code under ``no_grad`` too.
+    """
+    switch = getattr(forward_ad, "_set_fwd_grad_enabled", None)
+    return nullcontext() if switch is None else switch(False)  # type: ignore[no-any-return]
 
 
 # ---- autograd nodes ----

@@ -1,4 +1,4 @@
-"""Evaluating a user's loss once, and its gradient, with checks of what comes back."""
+"""Evaluating the user's loss and its gradient, and checking the results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def differentiate(
     """Return the tensors the model computed with, and the gradient with respect to them.
 
     They are `params` themselves, unless modules under ``fully_shard`` had to gather theirs for a
-    second derivative; `cdat_torch.distributed.fsdp.reshard` lets go of them.
+    second derivative; `cdat_torch.distributed.fsdp.reshard` then frees them.
 
     Parameters
     ----------
@@ -89,9 +89,9 @@ def differentiate(
     params : sequence of Tensor
         The parameters.
     create_graph : bool
-        Whether the gradient is to be differentiated again.
+        Whether the gradient needs a graph, to be differentiated again.
     record : bool
-        Whether the graph of the loss is to be replayed; it is then retained.
+        Whether to record the backward pass, to replay the graph of the loss; it is then retained.
     outputs : sequence of Tensor, optional
         With `record`, tensors up to which operations count as linear.
     sync : bool
@@ -171,7 +171,7 @@ def vector_jacobian(
         if y.requires_grad
     ]
     trainable = [x for x in inputs if x.requires_grad]
-    if not pairs or not trainable:  # what is differentiated is constant
+    if not pairs or not trainable:  # the outputs are constant
         return [torch.zeros_like(x) for x in inputs]
     with further_differentiable(), deliver_interrupts():
         found = torch.autograd.grad(

@@ -251,7 +251,7 @@ def _recorded_outputs(loss_fn: LossFn, methods: Methods) -> Iterator[list[Any] |
     """Give a list of the outputs of the model, if the method in use needs them."""
     replayed = methods.names[:1] == (REPLAYED_GAUSS_NEWTON,)
     if replayed and isinstance(loss_fn, CompositeLoss):
-        with loss_fn.noting_outputs() as outputs:
+        with loss_fn.recording_outputs() as outputs:
             yield outputs
     else:
         yield None

@@ -1,8 +1,8 @@
 """The Gauss-Newton curvature of a loss that is split into a model and a loss of its outputs.
 
-With outputs z(w) and J = dz/dw the Hessian of loss(z(w)) is J' H_loss J plus a term with the second
-derivatives of the model. The Gauss-Newton matrix keeps the first part: <Ju, H_loss Ju> needs one
-forward-mode derivative of the model along u, and second derivatives of the loss alone.
+With outputs z(w) and J = dz/dw, the Hessian of loss(z(w)) is J' H_loss J plus a term with second
+derivatives of the model. The Gauss-Newton matrix is the first part: <Ju, H_loss Ju> needs one
+forward-mode derivative of the model along u, and second derivatives of the loss only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from cdat_torch.curvature.autograd import check_scalar, vector_jacobian
 from cdat_torch.interrupts import deliver_interrupts
@@ -25,6 +24,7 @@ from cdat_torch.kernels import (
     refuse_once_differentiable,
     say_once,
 )
+from cdat_torch.pytorch_internals import pytree, sets_grad_mode, without_forward_gradients
 from cdat_torch.side_effects import RandomState, without_side_effects
 from cdat_torch.spaces import TensorListSpace
 
@@ -35,8 +35,8 @@ _unpack: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_du
 class CompositeLoss:
     """A loss that is a function of the model's outputs: ``loss_fn(model_fn())``.
 
-    Called without arguments it returns the loss, so it serves as the closure of a step or as the
-    `loss_fn` of `cdat_torch.measure`. It is what ``curvature="gauss_newton"`` needs.
+    Called without arguments it returns the loss, so it can be the closure of a step or the
+    `loss_fn` of `cdat_torch.measure`. ``curvature="gauss_newton"`` requires it.
 
     Parameters
     ----------
@@ -44,9 +44,9 @@ class CompositeLoss:
         ``model_fn() -> outputs``, evaluated at the present parameters: a tensor, or tuples, lists
         and dicts of tensors.
     loss_fn : callable
-        ``loss_fn(outputs) -> loss``, a scalar tensor. It depends on the parameters through
-        `outputs` only; for weight decay as a part of the loss let `model_fn` return the weights
-        beside its other outputs. Where it is convex the Gauss-Newton curvature is nonnegative.
+        ``loss_fn(outputs) -> loss``, a scalar tensor. It must depend on the parameters through
+        `outputs` only; for weight decay as a part of the loss, let `model_fn` return the weights
+        besides its other outputs. If it is convex, the Gauss-Newton curvature is nonnegative.
 
     Raises
     ------
@@ -73,7 +73,7 @@ class CompositeLoss:
                 raise TypeError(msg)
         self.model_fn = model_fn
         self.loss_fn = loss_fn
-        self._noted: list[Any] | None = None
+        self._outputs: list[Any] | None = None
 
     def __call__(self) -> Tensor:
         """Return the loss at the present parameters.
@@ -84,20 +84,20 @@ class CompositeLoss:
             ``loss_fn(model_fn())``.
         """
         outputs = self.model_fn()
-        if self._noted is not None:
-            # Views: what the loss reads is then told from what the model itself reads of a tensor.
+        if self._outputs is not None:
+            # Views distinguish what the loss reads of a tensor from what the model reads of it.
             outputs = pytree.tree_map(lambda z: z.view_as(z) if _depends(z) else z, outputs)
-            self._noted.append(outputs)
+            self._outputs.append(outputs)
         return self.loss_fn(outputs)
 
     @contextmanager
-    def noting_outputs(self) -> Iterator[list[Any]]:
+    def recording_outputs(self) -> Iterator[list[Any]]:
         """Give a list that collects the outputs of the calls in the block."""
-        before, self._noted = self._noted, []
+        before, self._outputs = self._outputs, []
         try:
-            yield self._noted
+            yield self._outputs
         finally:
-            self._noted = before
+            self._outputs = before
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -125,9 +125,9 @@ def gauss_newton_curvature(
     try:
         with without_side_effects(params, start), further_differentiable():
             with _tangents(params, direction):
-                # Interrupts wait: raising in here they might leave the mode of functions behind.
-                outputs, moves = _primals_and_tangents(composite.model_fn())
-            return _second_derivative(composite, outputs, moves, params)
+                # Interrupts stay deferred: one raised in here might leave the function mode on.
+                outputs, tangents = _primals_and_tangents(composite.model_fn())
+            return _second_derivative(composite, outputs, tangents, params)
     except (torch.OutOfMemoryError, _NotCompositeError):
         raise
     except (RuntimeError, NotImplementedError) as error:
@@ -136,8 +136,8 @@ def gauss_newton_curvature(
         with without_side_effects(params, start), further_differentiable(), torch.enable_grad():
             with deliver_interrupts():
                 outputs = composite.model_fn()
-            outputs, moves = _by_double_backward(outputs, params, direction)
-            curvature = _second_derivative(composite, outputs, moves, params)
+            outputs, tangents = _by_double_backward(outputs, params, direction)
+            curvature = _second_derivative(composite, outputs, tangents, params)
     except (RuntimeError, NotImplementedError) as error:
         error.add_note(
             'curvature="gauss_newton" needs a model with forward-mode or second derivatives, and a '
@@ -157,16 +157,19 @@ class _NotCompositeError(ValueError):
 
 
 def _second_derivative(
-    composite: CompositeLoss, outputs: Any, moves: Sequence[Tensor | None], params: Sequence[Tensor]
+    composite: CompositeLoss,
+    outputs: Any,
+    tangents: Sequence[Tensor | None],
+    params: Sequence[Tensor],
 ) -> Tensor:
-    """Return <m, H_loss m>, where `moves` holds m for each leaf of `outputs`, or None for zero."""
+    """Return <t, H_loss t>; `tangents` holds t for each leaf of `outputs`, or None for zero."""
     leaves, structure = pytree.tree_flatten(outputs)
     leaves = [
         z.detach().requires_grad_(m is not None) if _is_tensor(z) else z
-        for z, m in zip(leaves, moves, strict=True)
+        for z, m in zip(leaves, tangents, strict=True)
     ]
-    z = [leaf for leaf, m in zip(leaves, moves, strict=True) if m is not None]
-    move = [m for m in moves if m is not None]
+    z = [leaf for leaf, m in zip(leaves, tangents, strict=True) if m is not None]
+    tangent = [m for m in tangents if m is not None]
     if not z:
         msg = (
             "model_fn must return outputs that depend on the parameters, as a tensor or tuples, "
@@ -178,7 +181,7 @@ def _second_derivative(
             loss = composite.loss_fn(pytree.tree_unflatten(leaves, structure))
         check_scalar(loss, "loss_fn")
         if not loss.requires_grad:
-            return TensorListSpace().vdot(move, [torch.zeros_like(m) for m in move])
+            return TensorListSpace().vdot(tangent, [torch.zeros_like(m) for m in tangent])
         refuse_once_differentiable(loss)
         trainable = [p for p in params if p.requires_grad]
         with deliver_interrupts():
@@ -191,9 +194,9 @@ def _second_derivative(
                 "directly; let model_fn return them as a part of its outputs"
             )
             raise _NotCompositeError(msg)
-        pairs = [(g, m) for g, m in zip(found[: len(z)], move, strict=True) if g is not None]
+        pairs = [(g, m) for g, m in zip(found[: len(z)], tangent, strict=True) if g is not None]
         product = vector_jacobian([g for g, _ in pairs], z, [m for _, m in pairs])
-    return TensorListSpace().vdot(move, product)
+    return TensorListSpace().vdot(tangent, product)
 
 
 def _primals_and_tangents(outputs: Any) -> tuple[Any, list[Tensor | None]]:
@@ -206,7 +209,7 @@ def _primals_and_tangents(outputs: Any) -> tuple[Any, list[Tensor | None]]:
 def _by_double_backward(
     outputs: Any, params: Sequence[Tensor], direction: Sequence[Tensor]
 ) -> tuple[Any, list[Tensor | None]]:
-    """Return the outputs and Ju: the derivative of J'v, which is linear in v, along u."""
+    """Return the outputs and Ju, as the derivative of <J'v, u> with respect to v."""
     leaves = pytree.tree_leaves(outputs)
     z = [leaf for leaf in leaves if _is_tensor(leaf) and leaf.requires_grad]
     if not z:
@@ -228,10 +231,10 @@ def _by_double_backward(
 
 @contextmanager
 def _tangents(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[None]:
-    """Let forward-mode differentiation move `params` along `direction`.
+    """Give `params` the tangents `direction` for forward-mode differentiation inside the block.
 
-    The parameters get their tangents in place, so that the user's modules see them whatever way
-    they are written; values and storage stay. No graph is recorded meanwhile.
+    This happens in place, so that any user's module sees the tangents; values and storage stay the
+    same. Inside the block no graph is recorded.
     """
     trainable = [p for p in params if p.requires_grad and p.is_leaf]
     try:
@@ -249,7 +252,7 @@ def _tangents(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
 
 
 class _ForwardFollowsGradMode(TorchFunctionMode):
-    """Treat as constant in forward mode what reverse mode treats so: the code under no_grad."""
+    """Treat code under ``no_grad`` as constant in forward mode too, as reverse mode does."""
 
     def __torch_function__(
         self,
@@ -259,9 +262,9 @@ class _ForwardFollowsGradMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        if torch.is_grad_enabled() or func is torch._C._set_grad_enabled:
+        if torch.is_grad_enabled() or sets_grad_mode(func):
             return func(*args, **(kwargs or {}))
-        with forward_ad._set_fwd_grad_enabled(False):
+        with without_forward_gradients():
             return func(*args, **(kwargs or {}))
 
 
