@@ -17,7 +17,10 @@ from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.adam import adam
-from torch.utils import _pytree as pytree  # noqa: F401 (there is no public one)
+from torch.utils import _pytree
+
+pytree = _pytree
+"""Nested tuples, lists and dictionaries of tensors; there are no public functions for them."""
 
 Binding = tuple[Any, str]
 """An object and the name of one of its attributes."""
@@ -220,7 +223,7 @@ def without_forward_gradients() -> AbstractContextManager[Any]:
     and the Gauss-Newton curvature follows the tangents of code under ``no_grad`` too.
     """
     switch = getattr(forward_ad, "_set_fwd_grad_enabled", None)
-    return nullcontext() if switch is None else switch(False)  # type: ignore[no-any-return]
+    return nullcontext() if switch is None else switch(False)
 
 
 # ---- autograd nodes ----

@@ -1,4 +1,4 @@
-"""The sharpness in each step of training: a few Lanczos steps from the last eigenvector."""
+"""The sharpness during training: a few Lanczos steps that start from the last eigenvector."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cdat_torch.spectrum.probes import random_signs, warm_start
 from cdat_torch.step.evaluation import StepLoss
 
 FIRST_MATVECS = 20
-"""The least number of products from a random start."""
+"""The least number of products when the start vector is random."""
 
 SEED = 0
-"""Start and noise are the same in each step, so that a resumed run needs no random state."""
+"""The same start vector and noise in each step, so a resumed run needs no random state."""
 
 
 class Sharpness(NamedTuple):
@@ -36,17 +36,18 @@ class Sharpness(NamedTuple):
 class SharpnessTracker:
     """Measures the sharpness that bounds the rate, and remembers the eigenvector.
 
-    The step is ``rate * M P^-1 m``, where M holds the multipliers of the groups and P is what the
-    base divides by, so that is the largest eigenvalue of ``M^1/2 P^-1/2 H P^-1/2 M^1/2``.
+    The step is ``rate * M P^-1 m``, where M holds the multipliers of the groups and P is the
+    preconditioner of the base. The rate is bounded by the largest eigenvalue of
+    ``M^1/2 P^-1/2 H P^-1/2 M^1/2``.
 
     Parameters
     ----------
     base : torch.optim.Optimizer
-        Its groups say what M is, the state of an Adam what P is.
+        Its groups give M, and the state of an Adam gives P.
     num_matvecs : int
         Hessian-vector products from a warm start.
     inverse_sqrt : callable or None
-        P^-1/2; by default that of an Adam, and the identity for every other base.
+        P^-1/2; by default that of Adam, and the identity for every other base.
     """
 
     def __init__(
