@@ -146,8 +146,8 @@ class Methods:
         else:
             warn(
                 f"the loss has an operation without a second derivative ({reason}); the curvature "
-                "comes from central finite differences of gradients instead: two further evaluations "
-                "of the loss for each product with the Hessian"
+                "comes from central finite differences of gradients instead: two further "
+                "evaluations of the loss for each product with the Hessian"
             )
         return rest
 
