@@ -215,7 +215,7 @@ class _Options(NamedTuple):
 
 
 def _started(options: _Options, guess: Scalar, value: Scalar, slope: Scalar) -> ZoomState:
-    """Return the state that asks for the first trial, or has failed because the slope is no descent."""
+    """Return the state that asks for the first trial, or fails if the slope is no descent."""
     xp = namespace(guess)
     zero, largest = xp.zeros_like(guess), options.largest(guess)
     start = Point(zero, value, slope)
