@@ -145,7 +145,39 @@ def finite_difference_hvp(
 def displacement(
     params: V, *, step: float | None = None, space: InnerProductSpace[V]
 ) -> Callable[[V], Scalar]:
-    """Return ``v -> h``, the factor of `finite_difference_hvp`; 0 for the zero vector."""
+    """Return the step h of a finite difference, as a function of the direction.
+
+    `finite_difference_hvp` evaluates the gradient at ``w + h v`` and ``w - h v``. An adapter that
+    moves its parameters itself, in place for instance, needs h alone.
+
+    Parameters
+    ----------
+    params : V
+        The point w.
+    step : float, optional
+        Relative length of the displacement, as in `finite_difference_hvp`.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    callable
+        ``v -> h`` with ``|h v| = step * max(1, |w|)``; h is 0 for the zero vector.
+
+    Raises
+    ------
+    ValueError
+        If `step` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> from cdat_core.extend import displacement
+    >>> h = displacement(np.array([3.0, 4.0]), step=0.01, space=ArraySpace())
+    >>> float(h(np.array([0.0, 2.0])))
+    0.025
+    """
     if step is not None:
         step = _validation.positive("step", step)
     params_norm = sqrt_nonnegative(space.vdot(params, params))

@@ -142,24 +142,25 @@ def lanczos(
 
 
 class LanczosState(NamedTuple, Generic[V]):
-    """Where a Lanczos process stands between two steps.
+    """The state of a Lanczos process between two steps.
 
     Attributes
     ----------
     vector : V
         The Lanczos vector to multiply next, zero after a breakdown.
     previous : V or None
-        The one before it, None at first. Where that may be no None, any vector will do.
+        The vector before it; None at first. A compiled loop, whose state may not change its
+        structure, can start from any finite vector instead: `beta` is zero then.
     beta : Scalar
-        The last off-diagonal coefficient, which couples the two; zero at first.
+        The last off-diagonal coefficient, which couples the two vectors; zero at first.
     magnitude : Scalar
-        The largest coefficient so far.
+        The largest coefficient so far, in absolute value.
     alive : Scalar
         Boolean: whether the process has not broken down.
     num_valid : Scalar
-        Steps taken alive, int32.
+        Steps taken before a breakdown, int32.
     tolerance : Scalar
-        What a coefficient is compared with, relative to `magnitude`.
+        A coefficient of at most `tolerance` times `magnitude` is a breakdown.
     """
 
     vector: V
@@ -172,7 +173,19 @@ class LanczosState(NamedTuple, Generic[V]):
 
 
 def lanczos_start(start: V, *, space: InnerProductSpace[V]) -> LanczosState[V]:
-    """Return the state before the first step, in the dtypes of every later one."""
+    """Return the state before the first step; later states have the same dtypes.
+
+    Parameters
+    ----------
+    start : V
+        The start vector, of any non-zero length.
+    space : InnerProductSpace
+        The inner product of the vectors.
+
+    Returns
+    -------
+    LanczosState
+    """
     vector = normalized(start, space=space)
     size = space.vdot(vector, vector)
     zero = namespace(size).zeros_like(size)
@@ -195,7 +208,7 @@ def lanczos_step(
     *,
     space: InnerProductSpace[V],
 ) -> tuple[LanczosState[V], Scalar]:
-    """Take one step, for adapters that compile and loop in a way of their own.
+    """Take one step of the Lanczos process; `lanczos` is a Python loop over it.
 
     Parameters
     ----------
@@ -204,8 +217,8 @@ def lanczos_step(
     state : LanczosState
         From `lanczos_start` or the last step.
     remove_all : callable or None
-        ``x -> x`` less its projection on all vectors up to ``state.vector``, which the caller
-        keeps; None without reorthogonalisation.
+        Subtracts from a vector its projection on all Lanczos vectors up to ``state.vector``, which
+        the caller stores; None without reorthogonalisation.
     space : InnerProductSpace
         The inner product of the vectors.
 
@@ -215,6 +228,19 @@ def lanczos_step(
         Its `beta` is the new off-diagonal coefficient.
     alpha : Scalar
         The new diagonal coefficient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cdat_core import ArraySpace
+    >>> from cdat_core.extend import lanczos_start, lanczos_step
+    >>> eigenvalues, space = np.array([4.0, 1.0]), ArraySpace()
+    >>> state = lanczos_start(np.ones(2), space=space)
+    >>> for _ in range(2):
+    ...     state, alpha = lanczos_step(lambda v: eigenvalues * v, state, None, space=space)
+    ...     print(round(float(alpha), 12), round(float(state.beta), 12))
+    2.5 1.5
+    2.5 0.0
     """
     xp = namespace(state.beta)
     vector, zero = state.vector, xp.zeros_like(state.beta)

@@ -1,9 +1,4 @@
-"""Checks of hyperparameters.
-
-Python numbers are checked and turned into floats. Of an array (a traced value under ``jax.jit`` or
-``jax.vmap``, an array of hyperparameters) only the dtype is checked, because its value is not known
-when the tuner is built.
-"""
+"""Checks of hyperparameters; `cdat_core.extend.validation` makes them public."""
 
 from __future__ import annotations
 
@@ -70,12 +65,15 @@ def open_fraction(name: str, value: Any) -> Hyperparameter:
 def optional(
     check: Callable[[str, Any], Hyperparameter], name: str, value: Any
 ) -> Hyperparameter | None:
-    """Apply `check` unless `value` is None."""
+    """Apply `check`, unless the value is None: ``optional(positive, "bound", bound)``."""
     return None if value is None else check(name, value)
 
 
 def count(name: str, value: Any, *, minimum: int = 1) -> int:
-    """Require a Python integer >= `minimum` (it fixes the length of a computation: static)."""
+    """Require a Python integer >= `minimum`.
+
+    An array is refused: the length of a computation must be known before it is traced.
+    """
     msg = f"{name} must be an integer >= {minimum}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(msg)

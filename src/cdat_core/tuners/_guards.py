@@ -40,7 +40,41 @@ class GuardOptions(TypedDict, total=False):
 
 
 class Guards(NamedTuple):
-    """Limits on the learning rate; None switches a limit off. See `cdat` for their meaning."""
+    """The guards of a tuner as one object; None switches one off.
+
+    Attributes
+    ----------
+    initial_learning_rate, max_growth, max_learning_rate
+        As in `GuardOptions`.
+    max_shrink : float or None
+        Largest factor, >= 1, by which the rate may fall from one update to the next.
+
+    Examples
+    --------
+    Newton's rate along the update, with guards:
+
+    >>> from typing import Unpack
+    >>> import numpy as np
+    >>> from cdat_core import Measurement, tuners
+    >>> from cdat_core.extend import Guards, increment
+    >>> def newton(**guards: Unpack[tuners.GuardOptions]) -> tuners.Tuner:
+    ...     limits = Guards.checked(**guards)
+    ...     def rule(measurement, state):
+    ...         rate = -measurement.slope / measurement.curvature
+    ...         limited = limits.limit(rate, state.rate, first=state.step == 0)
+    ...         return limited, state._replace(step=increment(state.step, limited > 0))
+    ...     return tuners.from_rule(limits.start_state, rule, needs=("slope", "curvature"))
+    >>> tuner = newton(initial_learning_rate=0.1, max_growth=2.0)
+    >>> state = tuner.init(np.asarray(0.0))
+    >>> for _ in range(4):
+    ...     model = Measurement(None, np.asarray(-1.0), np.asarray(2.0))
+    ...     rate, state = tuner.update(model, state)
+    ...     print(float(rate))
+    0.1
+    0.2
+    0.4
+    0.5
+    """
 
     initial_learning_rate: Any = None
     max_growth: Any = None

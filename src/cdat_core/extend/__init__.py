@@ -1,0 +1,44 @@
+"""What authors of tuners, line searches and adapters import.
+
+A tuner is a rule inside `cdat_core.tuners.from_rule`, which checks the input, skips measurements
+that are not finite and keeps dtypes. Rules and line searches use the helpers on scalars below;
+`cdat_core.extend.validation` checks hyperparameters, and `cdat_core.extend.Guards` limits the rate.
+
+An adapter reports each step as a ``StepInfo``. If it drives an estimator with its own control flow,
+it calls `cdat_core.extend.displacement` and the functions of the Lanczos process.
+
+The helpers on scalars take the namespace from their arguments, never branch on a value and work
+elementwise: an array of any shape is a batch of scalars.
+"""
+
+from cdat_core._arrays import (
+    cast,
+    counter,
+    filled,
+    increment,
+    namespace,
+    require_floating,
+    safe_reciprocal,
+)
+from cdat_core._curvature import displacement
+from cdat_core._krylov import LanczosState, lanczos_start, lanczos_step
+from cdat_core._step_info import StepInfo
+from cdat_core.extend import validation
+from cdat_core.tuners._guards import Guards
+
+__all__ = [
+    "Guards",
+    "LanczosState",
+    "StepInfo",
+    "cast",
+    "counter",
+    "displacement",
+    "filled",
+    "increment",
+    "lanczos_start",
+    "lanczos_step",
+    "namespace",
+    "require_floating",
+    "safe_reciprocal",
+    "validation",
+]
