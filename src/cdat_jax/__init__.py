@@ -1,5 +1,8 @@
 """Curvature-aware learning rates for JAX, as Optax transformations."""
 
+import warnings as _warnings
+from typing import Any as _Any
+
 try:
     import jax as _jax
     import optax as _optax
@@ -8,22 +11,23 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 from cdat_core import __version__
+from cdat_core.extend import StepInfo
 from cdat_jax._accumulation import accumulate
 from cdat_jax._composite import CompositeLoss
 from cdat_jax._curvature import hvp, measure
 from cdat_jax._preconditioner import adam_inverse_sqrt
+from cdat_jax._rate import ScaleByTunerState
 from cdat_jax._spaces import TreeSpace
 from cdat_jax._spectrum import sharpness, spectral_density, top_eigenvalues, trace
-from cdat_jax._transform import ScaleByTunerState, TunerInfo, scale_by_cdat, scale_by_tuner
-from cdat_jax._wrapper import CDATState, TunedState, cdat, tuned
+from cdat_jax._transform import scale_by_cdat, scale_by_tuner
+from cdat_jax._wrapper import TunedState, cdat, tuned
 
 __all__ = [
-    "CDATState",
     "CompositeLoss",
     "ScaleByTunerState",
+    "StepInfo",
     "TreeSpace",
     "TunedState",
-    "TunerInfo",
     "__version__",
     "accumulate",
     "adam_inverse_sqrt",
@@ -40,3 +44,12 @@ __all__ = [
 ]
 
 del _jax, _optax
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "TunerInfo":
+        msg = "cdat_jax.TunerInfo is deprecated; use cdat_jax.StepInfo"
+        _warnings.warn(msg, DeprecationWarning, stacklevel=2)
+        return StepInfo
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

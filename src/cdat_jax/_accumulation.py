@@ -1,4 +1,4 @@
-"""The mean loss over micro-batches, with the memory of one of them."""
+"""The mean loss over micro-batches, in the memory of one of them."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from cdat_jax._spaces import PyTree
 
 
 def accumulate(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the mean of `value_fn` over micro-batches that are stacked in its arguments.
+    """Return the mean of `value_fn` over micro-batches stacked in its arguments.
 
-    The result is an objective like any other: value, gradient, curvature and the trials of a line
-    search all come from it, so that a tuner measures once for each step and sees the whole batch.
-    It runs one micro-batch after the other (``lax.scan``) and forgets the activations of each
-    (``jax.checkpoint``), so the gradient takes one forward pass more.
+    The result is an objective like any other. Value, gradient, curvature and the trials of a line
+    search all come from it, so a tuner measures once per step and on the whole batch. It runs the
+    micro-batches one after the other (``lax.scan``) and recomputes the activations of each in the
+    backward pass (``jax.checkpoint``), so the gradient takes one more forward pass.
 
     Parameters
     ----------
     value_fn : callable
         ``value_fn(params, ...) -> loss`` or ``(loss, aux)`` on one micro-batch, where the loss is a
-        mean over its samples; also a `CompositeLoss`. Random keys are arguments too:
-        ``jax.random.split(key, number)``. What the micro-batches have in common is fixed before
-        with ``functools.partial``.
+        mean over its samples; also a `CompositeLoss`. Random keys are stacked like data:
+        ``jax.random.split(key, number)``. Arguments that all micro-batches share must be fixed
+        beforehand with ``functools.partial``.
 
     Returns
     -------
     callable
-        A function with the signature of `value_fn`. Every array among the arguments after `params`
-        has the micro-batches along its first axis. The loss is their mean, each with the same
-        weight; `aux` comes back stacked.
+        A function with the signature of `value_fn`. The first axis of every array in the arguments
+        after `params` runs over the micro-batches. The loss is their mean, with equal weights;
+        `aux` is stacked.
 
     Raises
     ------
     TypeError
         If `value_fn` is not callable.
     ValueError
-        In a call, if an argument is not stacked, or not as often as the others.
+        In a call, if the first axes of the arguments do not have the same length.
 
     Notes
     -----
-    Gradients of float16 and bfloat16 parameters are added up in float32.
+    Gradients of float16 and bfloat16 parameters are summed in float32.
 
-    Micro-batches that do not have the same number of samples are padded to it, and weighted by
-    `value_fn`: its loss is ``number of micro-batches * sum over its samples / number of all
+    Micro-batches of different sizes must be padded to one size and weighted by `value_fn`: the loss
+    of a micro-batch is then ``number of micro-batches * sum over its samples / number of all
     samples``.
 
     Examples
@@ -67,7 +67,7 @@ def accumulate(value_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Accumulated:
-    """What `accumulate` returns; a type of its own, so that `measure` finds the micro-batches."""
+    """The result of `accumulate`; a class, so that `measure` finds the micro-batches."""
 
     def __init__(self, value_fn: Callable[..., Any]) -> None:
         functools.update_wrapper(self, value_fn, updated=())  # the signature, for extra arguments
@@ -78,7 +78,7 @@ class Accumulated:
 
     def __call__(self, params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         """Return the mean loss, or the mean loss and the stacked auxiliary outputs."""
-        # The gradients are added in the dtype of what the loop starts from.
+        # The gradients are summed in the dtype of the parameters that the loop takes.
         wide = jax.tree.map(_widened, params)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -100,7 +100,10 @@ def over_micro_batches(function: Callable[[Any], Any], stacked: Any) -> Any:
 
 
 def micro_batches(value_fn: Any) -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """Return the function of one micro-batch and the stacked arguments, if those are fixed."""
+    """Return the function of one micro-batch and the stacked arguments of an accumulated loss.
+
+    None unless `value_fn` is a ``functools.partial`` of one with keyword arguments only.
+    """
     if isinstance(value_fn, functools.partial) and not value_fn.args:
         function, keywords = value_fn.func, value_fn.keywords
         if isinstance(function, Accumulated):
@@ -116,7 +119,7 @@ def _widened(leaf: Any) -> jax.Array:
 
 
 def _check_stacked(arguments: Any) -> None:
-    """Raise a ValueError unless all arrays have a first axis of the same length."""
+    """Raise a ValueError unless the first axes of all arrays have the same length."""
     found = jax.tree_util.tree_leaves_with_path(arguments)
     if not found:
         msg = "an accumulated loss must be called with stacked micro-batches, got params alone"
@@ -127,7 +130,7 @@ def _check_stacked(arguments: Any) -> None:
             msg = (
                 "the arguments of an accumulated loss must be stacked micro-batches, as many in "
                 f"each, got shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)} among shapes "
-                f"{shapes}; fix what all micro-batches share with functools.partial before "
-                "accumulate"
+                f"{shapes}; fix arguments that all micro-batches share with functools.partial "
+                "before accumulate"
             )
             raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""What an update is called with: checks, and the arguments that belong to the objective."""
+"""Checks of the arguments of an update, and which of them go to the objective."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cdat_jax._curvature import check_like
 from cdat_jax._spaces import PyTree
 
 
-def period(every: Any) -> Any:
-    """Return `every`, checked if it is a Python number; an array is a traced hyperparameter."""
+def checked_every(every: Any) -> Any:
+    """Return `every`: a checked Python integer, or an array (a traced hyperparameter)."""
     if isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer):
         return every
     return validation.count("every", every)
 
 
 def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:
-    """Raise a ValueError unless the arguments of an update belong together."""
+    """Raise a ValueError if the arguments of an update do not fit together."""
     if isinstance(value, tuple | list | dict):
         msg = (
             f"value must be a scalar, got a {type(value).__name__}; "
-            "of a loss with auxiliary outputs pass the loss alone"
+            "if the loss has auxiliary outputs, pass the loss alone"
         )
         raise ValueError(msg)
     if jnp.shape(value) != ():
@@ -42,8 +42,8 @@ def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -
         if not any(map(_is_masked, nodes)):
             raise
         msg = (
-            "params must be all parameters of value_fn, got a part of them: under optax.masked or "
-            "optax.multi_transform only the base sees what it should; write "
+            "params must be all parameters of value_fn, got some of them; use optax.masked and "
+            "optax.multi_transform on the base alone: "
             "optax.chain(optax.multi_transform(...), scale_by_tuner(...))"
         )
         raise ValueError(msg) from error
@@ -54,7 +54,7 @@ def _is_masked(node: Any) -> bool:
 
 
 def bind(value_fn: Callable[..., Any], extra_args: dict[str, Any]) -> Callable[[PyTree], Any]:
-    """Fix those extra arguments that `value_fn` takes; `chain` hands all of them to everyone."""
+    """Fix the extra arguments that `value_fn` takes; ``optax.chain`` passes all to each member."""
     parameters = inspect.signature(value_fn).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken = extra_args

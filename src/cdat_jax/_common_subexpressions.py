@@ -1,10 +1,11 @@
-"""Run a function with each of its repeated operations done once.
+"""Common-subexpression elimination: run a function without its repeated operations.
 
 Nested derivatives along one direction compute every tangent twice, by equal operations. XLA merges
-equal operations too, but after it has simplified them, each one according to its users: behind a
-layer norm two equal tangents no longer look alike, and every matrix product that follows is done
-twice. Here they are merged as JAX wrote them. An operation is known by what it does to which
-numbered arrays (value numbering), and one that was done before is not done again.
+equal operations too, but only after it has simplified each of them depending on its users: after a
+layer norm two equal tangents no longer look alike, and all later matrix products are computed
+twice. Here they are merged in the jaxpr. Arrays are numbered, equal arrays alike (value numbering);
+an operation is identified by its primitive, its parameters and the numbers of its inputs, and is
+not repeated if it was done before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cdat_jax._spaces import PyTree
 
 
 def without_repeats(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Return `fn`, a traceable function of pytrees of arrays, without its repeated operations."""
+    """Return `fn`, a traceable function of pytrees of arrays, without repeated operations."""
 
     def once(*args: PyTree) -> PyTree:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
@@ -33,14 +34,14 @@ def without_repeats(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 class _Value(NamedTuple):
-    """An array and its number; equal numbers mean equal arrays."""
+    """An array and its number; arrays with the same number are equal."""
 
     array: Any
     number: Hashable
 
 
 class _Operations:
-    """What was done so far in one trace."""
+    """The operations done so far in one trace."""
 
     def __init__(self) -> None:
         self.done: dict[Hashable, list[_Value]] = {}
@@ -62,7 +63,7 @@ class _Operations:
         return [read(atom) for atom in jaxpr.outvars]
 
     def apply(self, jaxpr: Jaxpr, equation: Any, inputs: Sequence[_Value]) -> list[_Value]:
-        """Return the outputs of one equation of a program, done now or before."""
+        """Return the outputs of one equation of a program, computed now or before."""
         body = _inlined(equation)
         if body is not None:
             return self.run(body, inputs)
@@ -82,7 +83,7 @@ class _Operations:
         return [_Value(array, next(self.fresh)) for array in arrays]
 
     def scan(self, params: dict[str, Any], inputs: Sequence[_Value]) -> list[_Value]:
-        """Scan with one carry for those that are equal at the start and remain so."""
+        """Scan with a single carry for all those that start equal and stay equal."""
         first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
         consts, init, xs = inputs[:first], inputs[first:last], inputs[last:]
         options = {key: params[key] for key in ("length", "reverse", "unroll")}
@@ -108,7 +109,7 @@ class _Operations:
         scanned = _ranks([value.number for value in xs])
         stacked: list[int] = []
         carried, coarser = _ranks([value.number for value in init]), None
-        while carried != coarser:  # those that part in one step are different carries
+        while carried != coarser:  # carries that differ after one step are separate
             coarser = carried
             carried = _ranks(list(zip(coarser, after_one_step(coarser), strict=True)))
 
@@ -123,7 +124,7 @@ class _Operations:
 
 
 def _ranks(keys: Sequence[Hashable]) -> list[int]:
-    """Return for each key its place among the distinct ones, in the order of their first use."""
+    """Return the place of each key among the distinct keys, in order of first occurrence."""
     places: dict[Hashable, int] = {}
     return [places.setdefault(key, len(places)) for key in keys]
 
@@ -134,7 +135,7 @@ def _distinct(values: Sequence[_Value], ranks: list[int]) -> list[Any]:
 
 
 def _literal(atom: Any) -> _Value:
-    # By its bytes: 0.0 and -0.0 compare equal, and differ.
+    # Bytes, because 0.0 == -0.0.
     return _Value(atom.val, ("literal", str(atom.aval), np.asarray(atom.val).tobytes()))
 
 
@@ -153,13 +154,13 @@ def _identity(param: Any) -> Hashable:
 
 
 def _evaluated(jaxpr: Jaxpr, equation: Any, inputs: Sequence[_Value]) -> Sequence[Any]:
-    """Do one equation as JAX itself does it, with its name, source line and context."""
+    """Evaluate one equation as JAX does, with its name, source line and context."""
     arrays = {
         atom: value.array
         for atom, value in zip(equation.invars, inputs, strict=True)
         if not isinstance(atom, Literal)
     }
-    # The names of the program's arguments are not those of the equation's. Old JAX takes None.
+    # The argument names of the program do not fit the equation. Old JAX takes None.
     names: Any = getattr(jaxpr.debug_info, "with_unknown_names", lambda: None)()
     outvars, effects = equation.outvars, equation.effects
     alone = Jaxpr([], list(arrays), outvars, [equation], effects, debug_info=names)
@@ -168,14 +169,14 @@ def _evaluated(jaxpr: Jaxpr, equation: Any, inputs: Sequence[_Value]) -> Sequenc
 
 
 def _inlined(equation: Any) -> ClosedJaxpr | None:
-    """Return the program of a call that asks for nothing but to be run, or None."""
+    """Return the program of a call that can be run inline, or None."""
     name, params = equation.primitive.name, equation.params
     if name in ("jit", "pjit"):
         placed = (*params["in_shardings"], *params["out_shardings"])
-        asks = params["compiler_options_kvs"] or any(
+        keep = params["compiler_options_kvs"] or any(
             isinstance(where, jax.sharding.Sharding) for where in placed
         )
-        return None if asks else params["jaxpr"]
+        return None if keep else params["jaxpr"]
     if name in ("checkpoint", "remat2") and not params["differentiated"]:
         return ClosedJaxpr(params["jaxpr"], ())
     return None

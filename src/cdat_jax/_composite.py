@@ -1,4 +1,4 @@
-"""A loss that is split into a model and a loss of its outputs."""
+"""A loss split into a model and a function of its outputs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 class CompositeLoss:
     """A loss that is a function of the model's outputs: ``loss_fn(model_fn(params))``.
 
-    It is a `value_fn` like any other, for ``jax.value_and_grad`` and for the `update` of
-    `scale_by_tuner`, and what ``curvature="gauss_newton"`` needs.
+    Use it like any other `value_fn`, in ``jax.value_and_grad`` and in the `update` of
+    `scale_by_tuner`. ``curvature="gauss_newton"`` requires it.
 
-    The arguments of a batch follow `params`. By keyword each one goes to the function that has a
-    parameter of that name, or to both; names that neither has go to those with ``**kwargs``.
-    By position they fill the parameters without a default value: those of `model_fn` first, then
-    those that `loss_fn` alone has. If `model_fn` takes ``*args`` it gets all positional ones.
+    The arguments of a batch follow `params`. A keyword argument goes to the function that has a
+    parameter of that name, or to both; if neither has, to each function with ``**kwargs``.
+    Positional arguments fill the parameters without a default value: first those of `model_fn`,
+    then those of `loss_fn` that `model_fn` does not have. If `model_fn` takes ``*args`` it gets all
+    positional arguments.
 
     Parameters
     ----------
     model_fn : callable
-        ``model_fn(params, ...) -> outputs``, a pytree of arrays, at least one of them of floating
-        point or complex.
+        ``model_fn(params, ...) -> outputs``, a pytree of arrays, at least one of them floating or
+        complex.
     loss_fn : callable
-        ``loss_fn(outputs, ...) -> loss``, a scalar. It depends on the parameters through `outputs`
-        only; for weight decay as a part of the loss let `model_fn` return the weights beside its
-        other outputs. Where it is convex the Gauss-Newton curvature is nonnegative.
+        ``loss_fn(outputs, ...) -> loss``, a scalar. It must depend on the parameters through
+        `outputs` only. To include weight decay in the loss, let `model_fn` return the weights among
+        its outputs. If `loss_fn` is convex, the Gauss-Newton curvature is nonnegative.
 
     Raises
     ------
@@ -67,13 +68,13 @@ class CompositeLoss:
         if any(p.name == params for p in loss):
             msg = (
                 "loss_fn must depend on the parameters through the outputs only, but it takes "
-                f"{params!r}, as model_fn calls them; let model_fn return them beside its outputs"
+                f"{params!r}, the parameters of model_fn; let model_fn return them as outputs"
             )
             raise TypeError(msg)
         self._model, self._loss = Signature(model), Signature(loss)
         self._extra = _merged(model, loss)
         first = Parameter(params, Parameter.POSITIONAL_ONLY)
-        # What inspect.signature tells Optax and JAX.
+        # Optax and JAX call inspect.signature.
         self.__signature__ = Signature([first, *self._extra.parameters.values()])
 
     def __repr__(self) -> str:
@@ -87,7 +88,7 @@ class CompositeLoss:
         params : pytree
             The parameters.
         *args, **kwargs
-            Further arguments of `model_fn` and `loss_fn`.
+            The other arguments of `model_fn` and `loss_fn`.
 
         Returns
         -------
@@ -101,13 +102,13 @@ class CompositeLoss:
     def _parts(
         self, *args: Any, **kwargs: Any
     ) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], Any]]:
-        """Return ``params -> outputs`` and ``outputs -> loss`` with the further arguments fixed."""
+        """Return ``params -> outputs`` and ``outputs -> loss`` with the other arguments fixed."""
         given = self._extra.bind(*args, **kwargs).arguments
         return _fixed(self.model_fn, self._model, given), _fixed(self.loss_fn, self._loss, given)
 
 
 def split(value_fn: Any) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], Any]]:
-    """Return the parts of a `CompositeLoss`, also of a ``functools.partial`` that fixes a batch.
+    """Return the parts of a `CompositeLoss`, or of a ``functools.partial`` of one.
 
     Raises
     ------
@@ -116,21 +117,21 @@ def split(value_fn: Any) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree],
     """
     composite: Any = value_fn
     keywords: dict[str, Any] = {}
-    # Python makes one partial of nested ones, but not where the inner has attributes.
+    # Python merges nested partials, except if the inner one has attributes.
     while isinstance(composite, functools.partial) and not composite.args:
         composite, keywords = composite.func, {**composite.keywords, **keywords}
     if not isinstance(composite, CompositeLoss):
         msg = (
             'value_fn must be a CompositeLoss for curvature="gauss_newton", or a functools.partial '
             f"of one with keyword arguments only, got {value_fn!r}; write the loss as "
-            "CompositeLoss(model_fn, loss_fn), and apply jax.jit around the step"
+            "CompositeLoss(model_fn, loss_fn), and put jax.jit around the step, not the loss"
         )
         raise TypeError(msg)
     return composite._parts(**keywords)
 
 
 def _parameters(name: str, function: Any) -> tuple[str, list[Parameter]]:
-    """Return the name of the first parameter, and the others."""
+    """Return the name of the first parameter, and the other parameters."""
     if not callable(function):
         msg = f"{name} must be callable, got {function!r}; pass a function, not its result"
         raise TypeError(msg)
@@ -148,7 +149,7 @@ def _parameters(name: str, function: Any) -> tuple[str, list[Parameter]]:
 
 
 def _merged(model: Iterable[Parameter], loss: Iterable[Parameter]) -> Signature:
-    """Return the signature of the arguments that follow the parameters."""
+    """Return the signature of the arguments after `params`."""
     star = [p for p in model if p.kind is Parameter.VAR_POSITIONAL]
     named = [p for p in (*model, *loss) if p.kind in (*_POSITIONAL, Parameter.KEYWORD_ONLY)]
     if star:
@@ -161,7 +162,7 @@ def _merged(model: Iterable[Parameter], loss: Iterable[Parameter]) -> Signature:
         }
     keywords: dict[str, Parameter] = {}
     for p in named:
-        # Required by one of the two is required.
+        # A keyword is required if one of the two functions requires it.
         if p.name not in positional and (p.name not in keywords or p.default is Parameter.empty):
             keywords[p.name] = p.replace(kind=Parameter.KEYWORD_ONLY)
     others = []
@@ -173,7 +174,7 @@ def _merged(model: Iterable[Parameter], loss: Iterable[Parameter]) -> Signature:
 def _fixed(
     function: Callable[..., Any], signature: Signature, given: Mapping[str, Any]
 ) -> Callable[[Any], Any]:
-    """Return `function` as one of its first argument, with what it takes of `given`."""
+    """Return `function` of its first argument alone; the others are taken from `given`."""
     arguments = {}
     for name, parameter in signature.parameters.items():
         key = "kwargs" if parameter.kind is Parameter.VAR_KEYWORD else name

@@ -1,10 +1,10 @@
 """Slope and curvature of a JAX objective along a direction.
 
-Forward over forward, a jvp of a jvp, is the cheapest exact way: inside one ``jax.jit`` XLA merges
-its primal with that of the gradient, and the tangents, which both jvps compute, are merged here. A
-``custom_vjp`` has no forward rule; there the curvature is taken from the jvp of the gradient. The
-Gauss-Newton curvature is that of the loss as a function of the model's outputs, along their
-derivative.
+Forward over forward, a jvp of a jvp, is the cheapest exact method. Inside one ``jax.jit`` XLA
+merges its forward pass with the one of the gradient; the tangents, which both jvps compute, are
+merged here. A ``custom_vjp`` has no forward-mode rule, so a loss with one uses the jvp of the
+gradient. The Gauss-Newton curvature is the second derivative of the loss as a function of the
+model's outputs, along their directional derivative Ju.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ Objective = Callable[[PyTree], Any]
 
 METHODS = ("auto", "forward", "hvp", "gauss_newton", "finite_difference")
 
+_METHODS_OF_TORCH = ("replay", "hessian")
+
 
 def check_method(curvature: str) -> None:
-    """Raise a ValueError unless `curvature` names a way to compute it."""
+    """Raise a ValueError unless `curvature` is the name of a method."""
     if curvature not in METHODS:
         msg = f"curvature must be one of {METHODS}, got {curvature!r}"
+        if curvature in _METHODS_OF_TORCH:
+            msg += ', which exists in cdat_torch only; use "hvp" instead'
         raise ValueError(msg)
 
 
@@ -39,8 +43,8 @@ def measure(
 ) -> cdat_core.Measurement:
     """Return loss, slope and curvature of `value_fn` at `params` along `direction`.
 
-    Pure and traceable; call it inside ``jax.jit``, together with the gradient if that is needed
-    too.
+    Pure and traceable. Call it inside ``jax.jit``; if you need the gradient too, compute it inside
+    the same ``jax.jit``.
 
     Parameters
     ----------
@@ -51,10 +55,10 @@ def measure(
     direction : pytree
         The update direction u, shaped like `params`; cast to the dtypes of `params`.
     curvature : str
-        "auto" is forward over forward, or the jvp of the gradient where a ``custom_vjp`` forbids
-        the former; "forward" and "hvp" demand one of the two; "gauss_newton" leaves out the second
-        derivatives of the model of a `CompositeLoss`; "finite_difference" uses two further
-        gradients.
+        "forward" is forward over forward. "hvp" is the jvp of the gradient. "auto" is "forward",
+        or "hvp" if the loss contains a ``custom_vjp``, which has no forward-mode rule.
+        "gauss_newton" leaves out the second derivatives of the model of a `CompositeLoss`.
+        "finite_difference" takes the difference of two more gradients.
 
     Returns
     -------
@@ -67,8 +71,8 @@ def measure(
     ValueError
         If `value_fn` does not return a scalar, the trees do not match, or `curvature` is unknown.
     TypeError
-        If `params` holds integers, or if `curvature` is "gauss_newton" and `value_fn` is not a
-        `CompositeLoss`, one under `accumulate`, or a ``functools.partial`` of either.
+        If `params` contains integers, or if `curvature` is "gauss_newton" and `value_fn` is not a
+        `CompositeLoss`, `accumulate` of one, or a ``functools.partial`` of either.
 
     Examples
     --------
@@ -83,23 +87,23 @@ def measure(
     dtype = scalar_dtype(params)
     direction = tangent_like(params, direction)
     if curvature == "gauss_newton":
-        model = _gauss_newton(value_fn, params, direction)
+        quadratic = _gauss_newton(value_fn, params, direction)
     else:
-        model = _MODELS[curvature](require_scalar(value_fn), params, direction)
-    return cdat_core.Measurement(*(field.astype(dtype) for field in model))
+        quadratic = _METHODS[curvature](require_scalar(value_fn), params, direction)
+    return cdat_core.Measurement(*(field.astype(dtype) for field in quadratic))
 
 
 def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[PyTree]:
     """Return the Hessian-vector product of `value_fn` at `params`.
 
-    The gradient is linearised once, so further products repeat only the linear part.
+    The gradient is linearised once, so each product repeats the linear part only.
 
     Parameters
     ----------
     value_fn : callable
         ``params -> loss``, a scalar, or ``params -> (loss, aux)``.
     params : pytree
-        The point at which the Hessian is taken; floating or complex arrays.
+        The point at which the Hessian is evaluated; floating or complex arrays.
 
     Returns
     -------
@@ -111,7 +115,7 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
     ValueError
         If `value_fn` does not return a scalar.
     TypeError
-        If `params` holds integers.
+        If `params` contains integers.
 
     Examples
     --------
@@ -131,21 +135,21 @@ def hvp(value_fn: Objective, params: PyTree) -> cdat_core.HessianVectorProduct[P
 
 
 def linearized_gradient(value_fn: Objective, params: PyTree) -> Callable[[PyTree], PyTree]:
-    """Return the derivative of ``jax.grad(value_fn)`` at `params`; it can leave a ``jax.jit``."""
+    """Return the derivative of ``jax.grad(value_fn)`` at `params`; ``jax.jit`` can return it."""
     _, linear = jax.linearize(jax.grad(require_scalar(value_fn)), params)
     return linear
 
 
 def hessian_product(linear: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
-    """Return H v, with the derivative of ``jax.grad``, at a `v` in the dtypes of the parameters."""
-    # Conjugated like the gradient itself: jax.grad returns the conjugate of the gradient.
+    """Return H v from the derivative of ``jax.grad``; `v` has the dtypes of the parameters."""
+    # jax.grad returns the conjugate of the gradient.
     return jax.tree.map(jnp.conj, linear(v))
 
 
 def require_scalar(value_fn: Objective, name: str = "value_fn") -> Callable[[PyTree], jax.Array]:
-    """Return the loss of `value_fn` alone, with a ValueError where it is anything but a scalar.
+    """Return `value_fn` without its auxiliary outputs; it raises a ValueError if not a scalar.
 
-    A pair is a loss with auxiliary outputs, as in ``jax.value_and_grad(..., has_aux=True)``.
+    A pair is ``(loss, aux)``, as in ``jax.value_and_grad(..., has_aux=True)``.
     """
 
     def checked(params: PyTree) -> jax.Array:
@@ -182,32 +186,33 @@ def check_like(params: PyTree, tree: PyTree, *, name: str) -> None:
             raise ValueError(msg)
 
 
-Model = tuple[jax.Array, jax.Array, jax.Array]
+QuadraticModel = tuple[jax.Array, jax.Array, jax.Array]
+"""Value, slope and curvature along the direction."""
 
 
-def _forward_over_forward(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
-    def second_order(p: PyTree, u: PyTree) -> Model:
+def _forward_over_forward(value_fn: Objective, params: PyTree, direction: PyTree) -> QuadraticModel:
+    def second_order(p: PyTree, u: PyTree) -> QuadraticModel:
         def along(p: PyTree) -> tuple[jax.Array, jax.Array]:
             return jax.jvp(value_fn, (p,), (u,))
 
         (value, slope), (_, curvature) = jax.jvp(along, (p,), (u,))
         return value, slope, curvature
 
-    # Both jvps push the same tangents through the model.
-    found: Model = without_repeats(second_order)(params, direction)
-    return found
+    # Both jvps compute the same tangents.
+    quadratic: QuadraticModel = without_repeats(second_order)(params, direction)
+    return quadratic
 
 
-def _forward_over_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
-    # jax.grad of a real function of complex parameters returns the conjugate of the gradient; the
-    # real part of the unconjugated product is the derivative along u, and likewise for <u, H u>.
+def _forward_over_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> QuadraticModel:
+    # For complex parameters jax.grad returns the conjugate of the gradient, so the derivative along
+    # u is the real part of the product without conjugation, and likewise for <u, H u>.
     (value, grad), (_, product) = jax.jvp(jax.value_and_grad(value_fn), (params,), (direction,))
     conjugate = jax.tree.map(jnp.conj, direction)
     space = TreeSpace()
     return value, space.vdot(conjugate, grad), space.vdot(conjugate, product)
 
 
-def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -> QuadraticModel:
     space = TreeSpace()
     value, grad = jax.value_and_grad(value_fn)(params)
     product = cdat_core.finite_difference_hvp(jax.grad(value_fn), params, space=space)
@@ -215,38 +220,38 @@ def _finite_difference(value_fn: Objective, params: PyTree, direction: PyTree) -
     return value, space.vdot(conjugate, grad), space.vdot(conjugate, product(direction))
 
 
-def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+def _auto(value_fn: Objective, params: PyTree, direction: PyTree) -> QuadraticModel:
     reverse = needs_reverse(value_fn, params, direction)
-    model = _forward_over_reverse if reverse else _forward_over_forward
-    return model(value_fn, params, direction)
+    method = _forward_over_reverse if reverse else _forward_over_forward
+    return method(value_fn, params, direction)
 
 
-def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> Model:
+def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> QuadraticModel:
     accumulated = micro_batches(value_fn)
     if accumulated:
         on_one, stacked = accumulated
-        models = over_micro_batches(
+        quadratics = over_micro_batches(
             lambda batch: _gauss_newton(functools.partial(on_one, **batch), params, direction),
             stacked,
         )
-        value, slope, curvature = (jnp.mean(numbers) for numbers in models)
+        value, slope, curvature = (jnp.mean(numbers) for numbers in quadratics)
         return value, slope, curvature
     model_fn, loss_fn = split(value_fn)
     loss_fn = require_scalar(loss_fn, "loss_fn")
 
     def model(p: PyTree) -> tuple[PyTree, PyTree]:
         outputs = model_fn(p)
-        # A None is a tree without leaves: integers, booleans and keys are constants.
+        # Integers, booleans and keys are constants; None takes their place in the tree.
         z = jax.tree.map(lambda leaf: leaf if _is_inexact(leaf) else None, outputs)
         if not jax.tree.leaves(z):
             msg = (
-                "model_fn must return at least one array of floating point or complex, "
+                "model_fn must return at least one floating or complex array, "
                 f"got {jax.tree.map(jnp.result_type, outputs)!r}"
             )
             raise ValueError(msg)
         return z, outputs
 
-    def loss_beside(outputs: PyTree) -> Objective:
+    def loss_with_constants_of(outputs: PyTree) -> Objective:
         def loss(z: PyTree) -> jax.Array:
             complete = jax.tree.map(
                 lambda leaf, constant: constant if leaf is None else leaf,
@@ -258,18 +263,18 @@ def _gauss_newton(value_fn: Objective, params: PyTree, direction: PyTree) -> Mod
 
         return loss
 
-    def forward(p: PyTree, u: PyTree) -> Model:
-        z, move, outputs = jax.jvp(model, (p,), (u,), has_aux=True)
-        return _forward_over_forward(loss_beside(outputs), z, move)
+    def forward(p: PyTree, u: PyTree) -> QuadraticModel:
+        z, Ju, outputs = jax.jvp(model, (p,), (u,), has_aux=True)
+        return _forward_over_forward(loss_with_constants_of(outputs), z, Ju)
 
-    def reverse(p: PyTree, u: PyTree) -> Model:
+    def reverse(p: PyTree, u: PyTree) -> QuadraticModel:
         z, transposed, outputs = jax.vjp(model, p, has_aux=True)
-        # J'v is linear in v, and its transpose is J.
+        # v -> J'v is linear; its transpose is u -> Ju.
         _, twice_transposed = jax.vjp(transposed, jax.tree.map(jnp.zeros_like, z))
-        (move,) = twice_transposed((u,))
-        objective = jax.value_and_grad(loss_beside(outputs))
-        (value, grad), (_, product) = jax.jvp(objective, (z,), (move,))
-        # In the space of the parameters, because under shard_map the outputs are those of a shard.
+        (Ju,) = twice_transposed((u,))
+        objective = jax.value_and_grad(loss_with_constants_of(outputs))
+        (value, grad), (_, product) = jax.jvp(objective, (z,), (Ju,))
+        # Inner products of parameters, because under shard_map the outputs belong to one shard.
         (grad,), (product,) = transposed(grad), transposed(product)
         conjugate, space = jax.tree.map(jnp.conj, u), TreeSpace()
         return value, space.vdot(conjugate, grad), space.vdot(conjugate, product)
@@ -283,17 +288,17 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def needs_reverse(value_fn: Objective, params: PyTree, direction: PyTree) -> bool:
-    """Whether a ``custom_vjp`` between `params` and the value forbids forward mode."""
+    """Whether a ``custom_vjp`` between `params` and the value rules out forward mode."""
 
     def along(p: PyTree, u: PyTree) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(value_fn, (p,), (u,))
 
-    # Asked of a trace, because some uses of a custom_vjp fail only when they are compiled.
+    # Look at a trace: some uses of a custom_vjp fail only when they are compiled.
     return _contains_primitive("custom_lin", jax.make_jaxpr(along)(params, direction))
 
 
 def _contains_primitive(primitive: str, traced: Any) -> bool:
-    """Whether a jaxpr, closed or not, or one inside it, applies the primitive of that name."""
+    """Whether `traced`, a jaxpr (closed or not), or one nested in it applies the primitive."""
     equations = getattr(getattr(traced, "jaxpr", traced), "eqns", ())
     return any(
         equation.primitive.name == primitive
@@ -305,7 +310,7 @@ def _contains_primitive(primitive: str, traced: Any) -> bool:
     )
 
 
-_MODELS: dict[str, Callable[[Objective, PyTree, PyTree], Model]] = {
+_METHODS: dict[str, Callable[[Objective, PyTree, PyTree], QuadraticModel]] = {
     "auto": _auto,
     "forward": _forward_over_forward,
     "hvp": _forward_over_reverse,

@@ -1,6 +1,6 @@
-"""Loops of the estimators, and conditions, as those of XLA, which compiles their bodies once.
+"""Loops and conditions that XLA compiles once.
 
-An unrolled loop over Hessian-vector products is a program as many times as large as the product.
+A Python loop over Hessian-vector products would be unrolled: the program would grow with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def lanczos(
     space: TreeSpace,
     reorthogonalize: bool = True,
 ) -> cdat_core.LanczosResult[PyTree]:
-    """Run `cdat_core.lanczos` as one ``lax.scan``, with the vectors in the rows of one pytree.
+    """Run `cdat_core.lanczos` as one ``lax.scan``, with the vectors stacked in one pytree.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def lanczos(
     Returns
     -------
     cdat_core.LanczosResult
-        The same numbers, up to rounding.
+        The same as from `cdat_core.lanczos`, up to rounding.
     """
     first = extend.lanczos_start(start, space=space)
     first = first._replace(previous=first.vector)
@@ -66,13 +66,13 @@ def lanczos(
 
 
 def over(function: Callable[[PyTree], PyTree], vectors: Sequence[PyTree]) -> Sequence[PyTree]:
-    """Return ``map(function, vectors)`` as a list, by one ``lax.map``."""
+    """Return the results of `function` on each vector, by one ``lax.map``."""
     rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *vectors)
     return _unstacked(jax.lax.map(function, rows), len(vectors))
 
 
 def cond(condition: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
-    """Choose by ``lax.cond``; outside of jit by Python, since each call would be compiled anew."""
+    """Return ``lax.cond``; outside of ``jax.jit``, where that always recompiles, use ``if``."""
     if isinstance(condition, jax.core.Tracer):
         return jax.lax.cond(condition, if_true, if_false)
     return if_true() if condition else if_false()
@@ -84,11 +84,11 @@ def _unstacked(rows: PyTree, number: int) -> tuple[PyTree, ...]:
 
 
 def _remove(rows: PyTree, space: TreeSpace, x: PyTree) -> PyTree:
-    """Return `x` less its projection on the orthonormal `rows`; zero rows change nothing."""
+    """Return `x` minus its projection on the orthonormal `rows`; rows of zeros change nothing."""
     coefficients = jax.vmap(space.vdot, in_axes=(0, None))(rows, x)
 
     def moved(leaf: jax.Array, row: jax.Array) -> jax.Array:
-        # Products and a sum: a matrix product would be of reduced precision on an accelerator.
+        # Not a matrix product: accelerators compute those in reduced precision.
         wide = row.astype(jnp.promote_types(row.dtype, scalar_dtype(row)))
         factors = coefficients.astype(scalar_dtype(row)).reshape(-1, *(1,) * leaf.ndim)
         return (leaf - jnp.sum(factors * wide, axis=0)).astype(leaf.dtype)

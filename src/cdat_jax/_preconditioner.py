@@ -1,4 +1,4 @@
-"""What a sharpness under a preconditioner multiplies with: P^-1/2, also as an Adam has it."""
+"""The map P^-1/2 for a preconditioned sharpness, also from the state of an Adam."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ Preconditioner: TypeAlias = Callable[[PyTree], PyTree] | float | jax.Array
 def adam_inverse_sqrt(
     state: Any, *, b2: Any = 0.999, eps: Any = 1e-8, eps_root: Any = 0.0
 ) -> Callable[[PyTree], PyTree]:
-    """Return the map ``v -> P^-1/2 v`` of an Adam, the `inverse_sqrt` of `sharpness`.
+    """Return the map ``v -> P^-1/2 v`` of an Adam, for the argument `inverse_sqrt` of `sharpness`.
 
-    P is the diagonal matrix ``sqrt(v_hat + eps_root) + eps`` with the bias-corrected second moment
-    v_hat, by which the last update of Adam was divided.
+    P is the diagonal matrix ``sqrt(v_hat + eps_root) + eps`` by which Adam divided its last update;
+    v_hat is the bias-corrected second moment.
 
     Parameters
     ----------
     state : pytree
-        A state of Optax in which exactly one ``optax.ScaleByAdamState`` is found, after at least
-        one step: that of ``optax.adam`` or ``adamw``, of a chain with it, or of `cdat` around it.
-        Only its second moments and its count are used; momentum does not enter.
+        An Optax state with exactly one ``optax.ScaleByAdamState`` in it, after at least one step:
+        the state of ``optax.adam`` or ``adamw``, of a chain with it, or of `cdat` around it. Only
+        the second moments and the count are used, not the momentum.
     b2, eps, eps_root : float or jax.Array, optional
-        Those of the optimizer, which the state does not know; the defaults are Optax's.
+        Must equal those of the optimizer, because the state does not store them; the defaults are
+        Optax's.
 
     Returns
     -------
     callable
-        On pytrees like the parameters; it can cross ``jax.jit`` as an argument or result.
+        It maps pytrees shaped like the parameters, and can be an argument or a result of a jitted
+        function.
 
     Raises
     ------
     TypeError, ValueError
-        If no state or several are found, no step has been taken (not seen under ``jax.jit``: the
-        numbers are then NaN), or a number is out of range.
+        If there is no such state or more than one, if no step has been taken (under ``jax.jit``
+        the result is NaN instead), or if a number is out of range.
 
     Notes
     -----
-    ``optax.adamax``, ``radam``, ``yogi`` and ``contrib.adopt`` keep a state of the same type but
-    divide by something else: write a callable for them.
+    ``optax.adamax``, ``radam``, ``yogi`` and ``contrib.adopt`` have a state of the same type but
+    divide by something else; write your own callable for them.
 
     Examples
     --------
@@ -65,7 +67,7 @@ def adam_inverse_sqrt(
     eps_root = validation.nonnegative("eps_root", eps_root)
     adam = _only_adam(state)
     if not isinstance(adam.count, jax.core.Tracer) and int(adam.count) == 0:
-        msg = "state must be that of an Adam that has taken a step, got one with count 0"
+        msg = "state must come from an Adam after at least one step, got one with count 0"
         raise ValueError(msg)
     correction = 1.0 - b2**adam.count
 
@@ -82,7 +84,7 @@ def adam_inverse_sqrt(
 
 
 def inverse_square_root(inverse_sqrt: Preconditioner | None) -> Callable[[PyTree], PyTree] | Any:
-    """Return what `cdat_core.preconditioned` takes, as a pytree; None for no preconditioner."""
+    """Return `inverse_sqrt` as a pytree for `cdat_core.preconditioned`, or None."""
     if callable(inverse_sqrt):
         if not isinstance(inverse_sqrt, jax.tree_util.Partial):
             inverse_sqrt = jax.tree_util.Partial(inverse_sqrt)  # type: ignore[no-untyped-call]
@@ -91,7 +93,7 @@ def inverse_square_root(inverse_sqrt: Preconditioner | None) -> Callable[[PyTree
         msg = (
             "inverse_sqrt must be a callable or a number, "
             f"got {type(inverse_sqrt).__name__}; "
-            "of the state of an Adam, pass adam_inverse_sqrt(state)"
+            "if it is the state of an Adam, pass adam_inverse_sqrt(state)"
         )
         raise TypeError(msg)
     return None if inverse_sqrt is None else validation.positive("inverse_sqrt", inverse_sqrt)
@@ -108,9 +110,9 @@ def _only_adam(state: Any) -> optax.ScaleByAdamState:
     found = [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]
     if len(found) != 1:
         msg = (
-            f"state must hold exactly one optax.ScaleByAdamState, got {len(found)} "
-            f"in {type(state).__name__}; pass the part for these params, or a callable of your own "
-            "as inverse_sqrt"
+            f"state must contain exactly one optax.ScaleByAdamState, got {len(found)} "
+            f"in {type(state).__name__}; pass the part for these params, or your own callable as "
+            "inverse_sqrt"
         )
         raise ValueError(msg)
     return found[0]

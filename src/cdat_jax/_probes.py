@@ -1,4 +1,4 @@
-"""The vectors that estimators of the spectrum start from."""
+"""Start vectors for the estimators of the spectrum."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from cdat_jax._spaces import PyTree, TreeSpace
 
 WARM_NOISE = 0.1
-"""Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
+"""Length of the random part of a warm start, without which a new eigenvalue could be missed."""
 
 
 def random_signs(params: PyTree, number: int, key: Any) -> list[PyTree]:
-    """Return pytrees of random signs like `params`, from a JAX key (None for a fixed one)."""
+    """Return pytrees of random signs shaped like `params`; without a key, always the same."""
     key = jax.random.key(0) if key is None else key
     try:
         keys = jax.random.split(key, number)
@@ -32,7 +32,7 @@ def random_signs(params: PyTree, number: int, key: Any) -> list[PyTree]:
 
 
 def warm_start(vectors: Sequence[PyTree], noise: PyTree) -> PyTree:
-    """Return the sum of unit vectors, plus noise of the length `WARM_NOISE`."""
+    """Return the sum of unit vectors, plus `noise` scaled to the length `WARM_NOISE`."""
     space = TreeSpace()
     total = space.scale(WARM_NOISE / jnp.sqrt(space.vdot(noise, noise)), noise)
     for vector in vectors:
@@ -44,5 +44,5 @@ def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
     if jnp.issubdtype(like.dtype, jnp.complexfloating):
         real, imaginary = jax.random.split(key)
         return jax.lax.complex(_signs(real, like.real), _signs(imaginary, like.imag))
-    one = jnp.ones_like(like)  # with the sharding of the parameter
+    one = jnp.ones_like(like)  # keeps the sharding of the parameter
     return jnp.where(jax.random.bernoulli(key, shape=like.shape), one, -one)

@@ -14,8 +14,8 @@ def value_and_slope(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the loss and its derivative along `direction` at `params`.
 
-    One forward-mode pass gives both; no gradient is formed. A ``custom_vjp`` has no forward rule:
-    there the slope is the inner product of the direction with the gradient.
+    One forward-mode pass gives both, without a gradient. A ``custom_vjp`` has no forward-mode rule;
+    a loss with one uses the inner product of the direction and the gradient.
 
     Parameters
     ----------

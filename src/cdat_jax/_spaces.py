@@ -14,7 +14,7 @@ PyTree = Any
 
 
 def scalar_dtype(tree: PyTree) -> jnp.dtype[Any]:
-    """Return the dtype in which scalars about `tree` are kept: at least float32, always real."""
+    """Return the dtype of scalars computed from `tree`: real, float32 or wider."""
     dtypes = [
         jnp.finfo(leaf.dtype).dtype  # type: ignore[no-untyped-call]
         for leaf in map(jnp.asarray, jax.tree.leaves(tree))
@@ -25,13 +25,13 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype[Any]:
 
 
 def check_inexact(params: PyTree) -> None:
-    """Raise a TypeError unless all leaves are floating or complex: nothing else has a tangent."""
+    """Raise a TypeError unless all leaves are floating or complex; others have no derivative."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.inexact):
             msg = (
                 f"params must hold floating arrays, got {dtype} at "
-                f"params{jax.tree_util.keystr(path)}; hand it to value_fn as a further argument"
+                f"params{jax.tree_util.keystr(path)}; pass it to value_fn as another argument"
             )
             raise TypeError(msg)
 
@@ -40,8 +40,8 @@ def check_inexact(params: PyTree) -> None:
 class TreeSpace:
     """Pytrees of arrays with the Euclidean inner product, leaf by leaf.
 
-    Nothing is flattened, so shardings are kept. Inner products accumulate in float32 or wider;
-    complex leaves count as real vectors of twice the length (``Re <x, y>``).
+    Nothing is flattened, so shardings are kept. Inner products are accumulated in float32 or wider.
+    A complex leaf counts as a real vector of twice the length (``Re <x, y>``).
     """
 
     def vdot(self, x: PyTree, y: PyTree) -> jax.Array:
@@ -86,6 +86,6 @@ def _leaf_vdot(x: Any, y: Any) -> jax.Array:
 
 def _times(a: Any, leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    # In the wider dtype: a factor rounded to bfloat16 first would be wrong by up to 0.4 %.
+    # Rounding the factor to bfloat16 first would cause an error of up to 0.4 %.
     product: jax.Array = jnp.asarray(a, dtype=scalar_dtype(leaf)) * leaf
     return product.astype(leaf.dtype)

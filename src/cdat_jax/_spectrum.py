@@ -1,6 +1,6 @@
 """The spectrum of the Hessian of a JAX objective, in one call.
 
-The estimators are those of `cdat_core`, compiled as a whole; their loops are loops of XLA.
+Each function compiles an estimator of `cdat_core` as a whole; its loops are loops of XLA.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ def sharpness(
     """Return the largest eigenvalue of the Hessian, by the Lanczos method.
 
     Gradient descent at a rate above 2 over this number is unstable along its eigenvector.
-    `top_eigenvalues` takes the same arguments and gives the eigenvector and the error as well.
+    `top_eigenvalues` takes the same arguments and also returns the eigenvector and the error.
 
     Parameters
     ----------
     value_fn : callable
-        ``value_fn(params, *args, **kwargs) -> loss``, a scalar. It is compiled when it first
-        appears with arguments of these shapes; a function made anew for each call, such as a
-        lambda in a loop, is compiled each time.
+        ``value_fn(params, *args, **kwargs) -> loss``, a scalar. It is compiled once for each set
+        of shapes of the arguments. A new function for each call, such as a lambda in a loop, is
+        compiled each time.
     params : pytree
         The parameters, floating arrays. Complex ones count as real vectors of twice the length.
     *args, **kwargs
-        Data for `value_fn`, as pytrees of arrays. Pass them here: what `value_fn` closes over is
-        compiled in as a constant. A keyword that the functions of this module have themselves, such
-        as `key`, does not reach `value_fn`; hand it over by position.
+        Data for `value_fn`, pytrees of arrays. Pass them here, because data that `value_fn` closes
+        over is compiled as a constant. A keyword that is a parameter of this function too, such as
+        `key`, does not reach `value_fn`; pass it by position.
     num_matvecs : int, optional
-        Hessian-vector products to spend, each about two gradients. As many vectors of the size of
-        the parameters are kept.
+        Number of Hessian-vector products, each about as expensive as two gradients. As many vectors
+        of the size of the parameters are kept in memory.
     which : {"largest", "smallest"}, optional
         The end of the spectrum, by sign.
     start : TopEigenvalues or pytree, optional
-        A start vector like `params`, or the result of `top_eigenvalues` at nearby parameters; by
-        default random signs.
+        A start vector shaped like `params`, or the result of `top_eigenvalues` at nearby
+        parameters; by default random signs.
     inverse_sqrt : callable or number, optional
-        P^-1/2 for the sharpness of ``P^-1/2 H P^-1/2``: a linear symmetric map of pytrees or a
-        multiple of the identity. That of an Adam is ``adam_inverse_sqrt(state)``. A function is
-        compiled like `value_fn`; ``jax.tree_util.Partial(function, arrays)`` hands its arrays over
-        as arguments.
+        P^-1/2 for the sharpness of ``P^-1/2 H P^-1/2``: a linear symmetric map of pytrees, or a
+        number for a multiple of the identity. For an Adam it is ``adam_inverse_sqrt(state)``. A
+        function is compiled like `value_fn`; with ``jax.tree_util.Partial(function, arrays)`` its
+        arrays are arguments, not constants.
     key : jax.Array, optional
         A JAX random key for the random vectors; by default ``jax.random.key(0)``.
 
@@ -84,7 +84,7 @@ def sharpness(
     12.0
     """
     if which not in {"largest", "smallest"}:
-        msg = f"which must be 'largest' or 'smallest', got {which!r}; top_eigenvalues gives both"
+        msg = f"which must be 'largest' or 'smallest', got {which!r}; top_eigenvalues has both"
         raise ValueError(msg)
     found = top_eigenvalues(
         value_fn,
@@ -118,19 +118,19 @@ def top_eigenvalues(
     Parameters
     ----------
     value_fn, params, *args, **kwargs
-        See `sharpness`; so are `num_matvecs`, `inverse_sqrt` and `key`.
+        See `sharpness`, also for `num_matvecs`, `inverse_sqrt` and `key`.
     k : int, optional
         How many eigenvalues at each end.
     num_matvecs : int, optional
-        Hessian-vector products to spend.
+        Number of Hessian-vector products.
     which : {"largest", "smallest", "both"}, optional
-        The end of the spectrum, by sign; with "both" the k largest are followed by the k smallest.
+        The end of the spectrum, by sign; "both" returns the k largest, then the k smallest.
     start : TopEigenvalues or pytree, optional
-        A start vector, or the result of an earlier call as a warm start, which saves products while
-        the Hessian changes little. To the sum of its vectors a little noise is added, for
-        eigenvalues that have newly come to the top.
+        A start vector, or the result of an earlier call. Such a warm start saves products as long
+        as the Hessian changes little. It is the sum of the earlier vectors plus a little noise, so
+        that an eigenvalue that has become the largest since is found.
     inverse_sqrt : callable or number, optional
-        P^-1/2 of a preconditioner.
+        P^-1/2 of a preconditioner P.
     key : jax.Array, optional
         A JAX random key.
 
@@ -157,7 +157,7 @@ def top_eigenvalues(
     >>> [round(float(value), 4) for value in found.values]
     [12.0, -18.0]
     """
-    params = _floating(params)
+    params = _checked_params(params)
     validation.count("num_matvecs", num_matvecs)
     if isinstance(start, cdat_core.TopEigenvalues):
         check_like(params, start.vectors[0], name="start")
@@ -167,7 +167,7 @@ def top_eigenvalues(
     else:
         vector = random_signs(params, 1, key)[0]
     options = {"k": k, "num_matvecs": num_matvecs, "which": which, "process": loops.lanczos}
-    found: cdat_core.TopEigenvalues[PyTree] = _estimated(
+    found: cdat_core.TopEigenvalues[PyTree] = _estimate(
         cdat_core.top_eigenvalues, options, vector, value_fn, params, args, kwargs, inverse_sqrt
     )
     return found
@@ -189,16 +189,16 @@ def spectral_density(
     Parameters
     ----------
     value_fn, params, *args, **kwargs
-        See `sharpness`; so are `inverse_sqrt` and `key`.
+        See `sharpness`, also for `inverse_sqrt` and `key`.
     num_probes : int, optional
-        Random sign vectors to average over.
+        Number of random sign vectors to average over.
     num_matvecs : int, optional
         Hessian-vector products for each of them.
     reorthogonalize : bool, optional
-        False keeps three vectors in memory instead of `num_matvecs`; the density stays about as
-        good.
+        False keeps three vectors in memory instead of `num_matvecs`; the density is then about as
+        accurate.
     inverse_sqrt : callable or number, optional
-        P^-1/2 of a preconditioner.
+        P^-1/2 of a preconditioner P.
     key : jax.Array, optional
         A JAX random key.
 
@@ -226,7 +226,7 @@ def spectral_density(
     >>> [round(float(mass), 4) for mass in found.weights.sum(axis=0)]
     [0.75, 0.25]
     """
-    params = _floating(params)
+    params = _checked_params(params)
     validation.count("num_probes", num_probes)
     validation.count("num_matvecs", num_matvecs)
     options = {
@@ -236,7 +236,7 @@ def spectral_density(
         "over": loops.over,
     }
     probes = random_signs(params, num_probes, key)
-    found: cdat_core.SpectralDensity = _estimated(
+    found: cdat_core.SpectralDensity = _estimate(
         cdat_core.spectral_density, options, probes, value_fn, params, args, kwargs, inverse_sqrt
     )
     return found
@@ -257,14 +257,15 @@ def trace(
     Parameters
     ----------
     value_fn, params, *args, **kwargs
-        See `sharpness`; so are `inverse_sqrt` and `key`.
+        See `sharpness`, also for `inverse_sqrt` and `key`.
     num_probes : int, optional
-        Random sign vectors; at least 2 for "hutch++".
+        Number of random sign vectors; at least 2 for "hutch++".
     method : {"hutchinson", "hutch++"}, optional
-        One product per probe, or half of the probes spent on the subspace of the large eigenvalues
-        at 3/2 products per probe: better where the spectrum decays, worse where it is flat.
+        "hutchinson" takes one product per probe. "hutch++" takes 3/2 and uses half of the probes to
+        find the subspace of the large eigenvalues: better if the spectrum decays, worse if it is
+        flat.
     inverse_sqrt : callable or number, optional
-        P^-1/2 of a preconditioner.
+        P^-1/2 of a preconditioner P.
     key : jax.Array, optional
         A JAX random key.
 
@@ -284,7 +285,7 @@ def trace(
 
     Examples
     --------
-    With random signs a diagonal Hessian needs one probe:
+    For a diagonal Hessian one probe of random signs is exact:
 
     >>> import jax.numpy as jnp
     >>> from cdat_jax import trace
@@ -292,7 +293,7 @@ def trace(
     >>> float(trace(lambda w: (w**3).sum(), w, num_probes=1).estimate)
     18.0
     """
-    params = _floating(params)
+    params = _checked_params(params)
     if method not in {"hutchinson", "hutch++"}:
         msg = f"method must be 'hutchinson' or 'hutch++', got {method!r}"
         raise ValueError(msg)
@@ -300,13 +301,13 @@ def trace(
     validation.count("num_probes", num_probes, minimum=2 if sketches else 1)
     estimator = cdat_core.hutchpp_trace if sketches else cdat_core.hutchinson_trace
     probes = random_signs(params, num_probes, key)
-    found: cdat_core.TraceEstimate = _estimated(
+    found: cdat_core.TraceEstimate = _estimate(
         estimator, {"over": loops.over}, probes, value_fn, params, args, kwargs, inverse_sqrt
     )
     return found
 
 
-def _estimated(
+def _estimate(
     estimator: Callable[..., Any],
     options: dict[str, Any],
     vectors: Any,
@@ -322,17 +323,16 @@ def _estimated(
     except TypeError as error:
         msg = (
             f"value_fn must be hashable, got {type(value_fn).__name__}; "
-            "write a function and pass its arrays as arguments"
+            "use a function and pass its arrays as arguments"
         )
         raise TypeError(msg) from error
-    apply = inverse_square_root(inverse_sqrt)
-    return _compiled(
-        estimator, tuple(options.items()), value_fn, vectors, params, args, kwargs, apply
-    )
+    apply_inverse_sqrt = inverse_square_root(inverse_sqrt)
+    static = (estimator, tuple(options.items()), value_fn)
+    return _compiled_estimate(*static, vectors, params, args, kwargs, apply_inverse_sqrt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _compiled(
+def _compiled_estimate(
     estimator: Callable[..., Any],
     options: tuple[tuple[str, Any], ...],
     value_fn: Callable[..., Any],
@@ -340,18 +340,18 @@ def _compiled(
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    apply: Callable[[PyTree], PyTree] | jax.Array | None,
+    apply_inverse_sqrt: Callable[[PyTree], PyTree] | jax.Array | None,
 ) -> Any:
     space = TreeSpace()
     linear = linearized_gradient(lambda p: value_fn(p, *args, **kwargs), params)
     product: Any = functools.partial(hessian_product, linear)
-    if apply is not None:
-        product = cdat_core.preconditioned(product, apply, space=space)
+    if apply_inverse_sqrt is not None:
+        product = cdat_core.preconditioned(product, apply_inverse_sqrt, space=space)
     return estimator(product, vectors, space=space, **dict(options))
 
 
-def _floating(params: PyTree) -> PyTree:
-    """Return `params` as arrays, at least one; a TypeError unless they are floating or complex."""
+def _checked_params(params: PyTree) -> PyTree:
+    """Return `params` as arrays; raise an error if there are none or not all are inexact."""
     if not jax.tree.leaves(params):
         msg = f"params must be a pytree with at least one array, got {params!r}"
         raise ValueError(msg)

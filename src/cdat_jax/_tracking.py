@@ -17,38 +17,38 @@ from cdat_jax._probes import random_signs, warm_start
 from cdat_jax._spaces import PyTree, TreeSpace, scalar_dtype
 
 FIRST_MATVECS = 20
-"""The least number of products from a random start."""
+"""The smallest number of products after a random start."""
 
 
 class SharpnessTracker:
-    """Measures the largest eigenvalue of P^-1/2 H P^-1/2 from a warm start.
+    """Measure the largest eigenvalue of P^-1/2 H P^-1/2 in each step, from a warm start.
 
     Parameters
     ----------
     curvature : str
-        How to multiply with the Hessian: by finite differences, or else by the derivative of the
-        gradient.
+        "finite_difference" multiplies by the Hessian with finite differences, every other method
+        with the derivative of the gradient.
     num_matvecs : int
         Hessian-vector products from a warm start.
 
     Raises
     ------
     TypeError, ValueError
-        If `num_matvecs` is not a positive integer, or `curvature` has no products.
+        If `num_matvecs` is not a positive integer, or `curvature` has no Hessian-vector products.
     """
 
     def __init__(self, *, curvature: str, num_matvecs: int) -> None:
         if curvature == "gauss_newton":
             msg = (
-                'curvature="gauss_newton" has no products for a tuner that needs the sharpness; '
-                'pass curvature="auto" or "finite_difference"'
+                'curvature="gauss_newton" has no Hessian-vector products, which a tuner that needs '
+                'the sharpness takes; use curvature="auto" or "finite_difference"'
             )
             raise ValueError(msg)
         self._finite_difference = curvature == "finite_difference"
         self._num_matvecs = validation.count("sharpness_matvecs", num_matvecs)
 
     def init(self, params: PyTree) -> PyTree:
-        """Return the vector before the first measurement: zeros."""
+        """Return the vector before the first measurement, which is zero."""
         return jax.tree.map(jnp.zeros_like, params)
 
     def measure(
@@ -56,13 +56,13 @@ class SharpnessTracker:
         objective: Objective,
         params: PyTree,
         vector: PyTree,
-        apply: Callable[[PyTree], PyTree] | Any,
+        inverse_sqrt: Callable[[PyTree], PyTree] | Any,
     ) -> tuple[jax.Array, PyTree]:
-        """Return the sharpness and its eigenvector, the next start.
+        """Return the sharpness and its eigenvector, where the next measurement starts.
 
-        From zeros the process begins at random signs, and is repeated from its own result until
-        `FIRST_MATVECS` products are spent. The signs are the same in each step, so that the state
-        holds no random key.
+        If `vector` is zero, the Lanczos method starts from random signs and is restarted from its
+        own result until it has taken `FIRST_MATVECS` products. The signs are the same in each step,
+        so the state contains no random key.
 
         Parameters
         ----------
@@ -70,18 +70,18 @@ class SharpnessTracker:
             ``params -> loss``.
         params, vector : pytree
             The point, and the last eigenvector.
-        apply : callable, number or None
+        inverse_sqrt : callable, number or None
             P^-1/2.
         """
         if not jax.tree.leaves(params):
             return jnp.zeros((), dtype=scalar_dtype(params)), vector
         space = TreeSpace()
         product = self._product(objective, params)
-        if apply is not None:
-            product = cdat_core.preconditioned(product, apply, space=space)
+        if inverse_sqrt is not None:
+            product = cdat_core.preconditioned(product, inverse_sqrt, space=space)
         noise = random_signs(params, 1, None)[0]
 
-        def search(_: jax.Array, found: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        def restarted(_: jax.Array, found: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
             top = cdat_core.top_eigenvalues(
                 product,
                 warm_start([found[1]], noise),
@@ -94,7 +94,7 @@ class SharpnessTracker:
         cold = space.vdot(vector, vector) == 0
         rounds = jnp.where(cold, -(-FIRST_MATVECS // self._num_matvecs), 1)
         start = (jnp.zeros((), dtype=scalar_dtype(params)), vector)
-        found: tuple[jax.Array, PyTree] = jax.lax.fori_loop(0, rounds, search, start)
+        found: tuple[jax.Array, PyTree] = jax.lax.fori_loop(0, rounds, restarted, start)
         return found
 
     def _product(

@@ -1,4 +1,4 @@
-"""A tuner around a base optimizer, as one transformation that also protects the base's state."""
+"""A base optimizer and its tuner as one transformation, which also protects the base's state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_jax._loops import cond
 from cdat_jax._preconditioner import inverse_square_root
+from cdat_jax._rate import Direction, ScaleByTunerState, tuning
 from cdat_jax._spaces import PyTree
-from cdat_jax._transform import Direction, ScaleByTunerState, scaled, tuning
+from cdat_jax._transform import scaled
 
 
 class TunedState(NamedTuple):
@@ -27,7 +28,7 @@ class TunedState(NamedTuple):
     base : Any
         The state of the base transformation.
     tuner : ScaleByTunerState
-        The learning rate, the tuner's state and the last measurement.
+        The tuner's state, the learning rate and what the last step measured.
     step : jax.Array
         Steps taken, int32; the argument of a `learning_rate` schedule. Skipped steps do not count.
     """
@@ -35,10 +36,6 @@ class TunedState(NamedTuple):
     base: Any
     tuner: ScaleByTunerState
     step: jax.Array
-
-
-CDATState = TunedState
-"""The state of `cdat`, by the name of its rule."""
 
 
 def tuned(
@@ -53,27 +50,28 @@ def tuned(
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a base transformation with a tuned learning rate.
 
-    Equal to ``optax.chain(base, scale_by_tuner(...))`` with three additions: a step that is skipped
-    because something was not finite leaves the state of `base` unchanged as well, the tuned rate
-    can be multiplied by a factor or schedule, and the sharpness can be that under the
-    preconditioner of `base`. Call ``update`` as for `scale_by_tuner`.
+    Equal to ``optax.chain(base, scale_by_tuner(...))``, with three additions. A step that is
+    skipped because something is not finite leaves the state of `base` unchanged too. The tuned rate
+    can be multiplied by a factor or a schedule. The sharpness can be preconditioned like `base`.
+    ``update`` takes the same arguments as for `scale_by_tuner`.
 
     Parameters
     ----------
     base : optax.GradientTransformation
-        The optimizer at learning rate 1, such as ``optax.adam(1.0)``.
+        The optimizer with learning rate 1, such as ``optax.adam(1.0)``.
     tuner_or_search : cdat_core.tuners.Tuner or cdat_core.linesearch.LineSearch
         The rule for the rate.
     learning_rate : float or callable
-        Multiplier of the tuned rate, or a schedule ``step -> multiplier`` (warm-up, cooling down).
-        It is applied after tuning: the tuner does not see it.
+        Multiplier of the tuned rate, or a schedule ``step -> multiplier`` (warm-up, decay). It is
+        applied after tuning, so the tuner does not see it.
     curvature, every, sharpness_matvecs
         See `scale_by_tuner`.
     inverse_sqrt : callable, optional
-        For a tuner that needs the sharpness: from the state of `base` after its update, the map
-        ``v -> P^-1/2 v`` of what that update was divided by, so that the sharpness is the largest
-        eigenvalue of ``P^-1/2 H P^-1/2``. For ``optax.adam(1.0)`` that is `adam_inverse_sqrt`; fix
-        other hyperparameters by ``functools.partial``. By default P is the identity.
+        For a tuner that needs the sharpness. A function from the state of `base` after its update
+        to the map ``v -> P^-1/2 v``, where P is the preconditioner by which `base` divided that
+        update; the sharpness is then the largest eigenvalue of ``P^-1/2 H P^-1/2``. For
+        ``optax.adam(1.0)`` it is `adam_inverse_sqrt`; set other hyperparameters of Adam with
+        ``functools.partial``. By default P is the identity.
 
     Returns
     -------
@@ -101,7 +99,7 @@ def tuned(
     )
     if inverse_sqrt is not None and not callable(inverse_sqrt):
         msg = (
-            "inverse_sqrt must be a callable, from the state of base to v -> P^-1/2 v, "
+            "inverse_sqrt must be a callable from the state of base to the map v -> P^-1/2 v, "
             f"got {inverse_sqrt!r}; for example cdat_jax.adam_inverse_sqrt"
         )
         raise TypeError(msg)
@@ -113,12 +111,12 @@ def tuned(
     def update(
         updates: PyTree, state: TunedState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, TunedState]:
-        def step() -> tuple[PyTree, Any]:
-            moved: tuple[PyTree, Any] = base.update(updates, state.base, params, **extra_args)
-            return moved
+        def update_base() -> tuple[PyTree, Any]:
+            direction, base_state = base.update(updates, state.base, params, **extra_args)
+            return direction, base_state
 
-        def keep() -> tuple[PyTree, Any]:
-            direction, like = jax.eval_shape(step)
+        def keep_base() -> tuple[PyTree, Any]:
+            direction, like = jax.eval_shape(update_base)
             zeros = jax.tree.map(jnp.zeros_like, direction)
             old = jax.tree.map(
                 lambda leaf, new: leaf if leaf.dtype == new.dtype else leaf.astype(new.dtype),
@@ -127,18 +125,20 @@ def tuned(
             return zeros, old
 
         def find_direction() -> Direction:
-            direction, moved = step()
-            return direction, inverse_sqrt and inverse_square_root(inverse_sqrt(moved))
+            direction, base_state = update_base()
+            if inverse_sqrt is None:
+                return Direction(direction)
+            return Direction(direction, inverse_square_root(inverse_sqrt(base_state)))
 
-        # Whether the step counts is known only after the measurement. The base moves a second time
-        # then, which is elementwise as a rule and happens in place: to keep its new state as well
-        # as the old one until here takes longer, and twice the memory.
+        # Only the measurement shows whether the step is skipped, so the base is updated again after
+        # it. That is mostly elementwise and in place; keeping both the old and the new state until
+        # then would take longer, and twice the memory.
         tuner = tune(find_direction, updates, state.tuner, params, **extra_args)
         taken = tuner.info.skipped == state.tuner.info.skipped
-        direction, base_state = cond(taken, step, keep)
+        direction, base_state = cond(taken, update_base, keep_base)
         factor = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        moved = scaled(factor * tuner.learning_rate, direction)
-        return moved, TunedState(base_state, tuner, state.step + taken)
+        scaled_updates = scaled(factor * tuner.learning_rate, direction)
+        return scaled_updates, TunedState(base_state, tuner, state.step + taken)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -161,7 +161,7 @@ def cdat(
     Parameters
     ----------
     base : optax.GradientTransformation
-        The optimizer at learning rate 1, such as ``optax.adam(1.0)``.
+        The optimizer with learning rate 1, such as ``optax.adam(1.0)``.
     learning_rate : float or callable
         Multiplier of the tuned rate, or a schedule of it; see `tuned`.
     sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
@@ -181,9 +181,9 @@ def cdat(
     >>> solver = cdat(optax.adam(1.0), sigma=1.9, initial_learning_rate=1e-4, max_growth=1.1)
     """
     tuner = tuners.cdat(
-        sigma,
-        decay,
-        eps,
+        sigma=sigma,
+        decay=decay,
+        eps=eps,
         initial_learning_rate=initial_learning_rate,
         max_growth=max_growth,
         max_learning_rate=max_learning_rate,
