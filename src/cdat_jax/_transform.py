@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import optax
 
 from cdat_core import tuners
 from cdat_core.linesearch import LineSearch
-from cdat_core.tuners import Tuner
+from cdat_core.tuners import GuardOptions, Tuner
+from cdat_jax._arguments import name_guards
 from cdat_jax._rate import Direction, ScaleByTunerState, tuning
 from cdat_jax._spaces import PyTree
 
@@ -103,25 +104,26 @@ def scale_by_tuner(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@name_guards
 def scale_by_cdat(
     *,
     sigma: Any = 2.0,
     decay: Any = 0.9,
     eps: Any = 0.0,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
     curvature: str = "auto",
     every: Any = 1,
+    **guards: Unpack[GuardOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by the CDAT rate: `scale_by_tuner` with `cdat_core.tuners.cdat`.
 
     Parameters
     ----------
-    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
+    sigma, decay, eps
         See `cdat_core.tuners.cdat`.
     curvature, every
         See `scale_by_tuner`.
+    initial_learning_rate, max_growth, max_learning_rate
+        Guards on the rate; see `cdat_core.tuners.cdat`.
 
     Returns
     -------
@@ -134,14 +136,7 @@ def scale_by_cdat(
     >>> from cdat_jax import scale_by_cdat
     >>> solver = optax.chain(optax.adam(1.0), scale_by_cdat(sigma=1.9))
     """
-    tuner = tuners.cdat(
-        sigma=sigma,
-        decay=decay,
-        eps=eps,
-        initial_learning_rate=initial_learning_rate,
-        max_growth=max_growth,
-        max_learning_rate=max_learning_rate,
-    )
+    tuner = tuners.cdat(sigma=sigma, decay=decay, eps=eps, **guards)
     return scale_by_tuner(tuner, curvature=curvature, every=every)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import optax
 from cdat_core import tuners
 from cdat_core.extend import validation
 from cdat_core.linesearch import LineSearch
-from cdat_core.tuners import Tuner
+from cdat_core.tuners import GuardOptions, Tuner
+from cdat_jax._arguments import name_guards
 from cdat_jax._loops import cond
 from cdat_jax._preconditioner import inverse_square_root
 from cdat_jax._rate import Direction, ScaleByTunerState, tuning
@@ -143,6 +144,7 @@ def tuned(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@name_guards
 def cdat(
     base: optax.GradientTransformation,
     *,
@@ -150,11 +152,9 @@ def cdat(
     sigma: Any = 2.0,
     decay: Any = 0.9,
     eps: Any = 0.0,
-    initial_learning_rate: Any = None,
-    max_growth: Any = None,
-    max_learning_rate: Any = None,
     curvature: str = "auto",
     every: Any = 1,
+    **guards: Unpack[GuardOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a base transformation with the CDAT rate: `tuned` with `cdat_core.tuners.cdat`.
 
@@ -164,10 +164,12 @@ def cdat(
         The optimizer with learning rate 1, such as ``optax.adam(1.0)``.
     learning_rate : float or callable
         Multiplier of the tuned rate, or a schedule of it; see `tuned`.
-    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
+    sigma, decay, eps
         See `cdat_core.tuners.cdat`.
     curvature, every
         See `scale_by_tuner`.
+    initial_learning_rate, max_growth, max_learning_rate
+        Guards on the rate; see `cdat_core.tuners.cdat`.
 
     Returns
     -------
@@ -180,12 +182,5 @@ def cdat(
     >>> from cdat_jax import cdat
     >>> solver = cdat(optax.adam(1.0), sigma=1.9, initial_learning_rate=1e-4, max_growth=1.1)
     """
-    tuner = tuners.cdat(
-        sigma=sigma,
-        decay=decay,
-        eps=eps,
-        initial_learning_rate=initial_learning_rate,
-        max_growth=max_growth,
-        max_learning_rate=max_learning_rate,
-    )
+    tuner = tuners.cdat(sigma=sigma, decay=decay, eps=eps, **guards)
     return tuned(base, tuner, learning_rate=learning_rate, curvature=curvature, every=every)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from cdat_core import linesearch, tuners
-from cdat_jax import cdat, scale_by_cdat, scale_by_tuner
+from cdat_jax import ScaleByTunerState, cdat, scale_by_cdat, scale_by_tuner
 from tests.jax.problems import factors, quadratic, same, stepper, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -153,6 +153,34 @@ def test_injected_hyperparameters_of_bfloat16_parameters_need_a_dtype():
         0.95, rel=0.01
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("bfloat16")}
+
+
+def test_guards_can_be_injected_too():
+    loss, params, batch = factors()
+    guards = {"initial_learning_rate": 1e-3, "max_growth": 1.2, "max_learning_rate": 2e-3}
+    injected = optax.inject_hyperparams(cdat)(optax.sgd(1.0), sigma=1.0, **guards)
+    assert guards.keys() <= injected.init(params).hyperparams.keys()
+    found = train(injected, loss, params, 6, batch=batch)
+    expected = train(cdat(optax.sgd(1.0), sigma=1.0, **guards), loss, params, 6, batch=batch)
+    rates = [float(state.tuner.learning_rate) for _, state in expected]
+    assert [float(state.inner_state.tuner.learning_rate) for _, state in found] == pytest.approx(
+        rates, rel=1e-12
+    )
+    assert rates[:2] == pytest.approx([1e-3, 1.2e-3], rel=1e-12)
+    assert rates[-1] == pytest.approx(2e-3, rel=1e-12)
+
+
+def test_the_learning_rate_can_be_read_and_set_by_name():
+    """It is stored once, in the info; the state has it as a property."""
+    loss, params, batch = factors()
+    for solver in (cdat(optax.sgd(1.0)), optax.chain(optax.sgd(1.0), scale_by_cdat())):
+        ((_, state),) = train(solver, loss, params, 1, batch=batch)
+        (tuner,) = (s for s in (*state, state) if isinstance(s, ScaleByTunerState))
+        rate = optax.tree.get(state, "learning_rate")
+        assert rate is tuner.learning_rate is tuner.info.learning_rate
+        changed = optax.tree.set(state, learning_rate=jnp.asarray(0.5))
+        assert float(optax.tree.get(changed, "learning_rate")) == 0.5
+        assert jax.tree.structure(changed) == jax.tree.structure(state)
 
 
 def test_the_learning_rate_is_found_in_a_state_with_others_of_that_name():

@@ -457,6 +457,10 @@ def test_shapes_of_the_direction_must_match(method):
     ],
     ids=["measure", "scale_by_tuner", "cdat"],
 )
-def test_unknown_curvature_is_named(call):
-    with pytest.raises(ValueError, match="curvature must be one of .*'auto'.* got 'newton'"):
+def test_an_unknown_method_is_named_with_those_that_exist(call):
+    names = "'auto', 'forward', 'hvp', 'gauss_newton', 'finite_difference'"
+    with pytest.raises(ValueError, match=rf"curvature must be one of \({names}\), got 'newton'$"):
         call("newton")
+    for name in ("replay", "hessian"):
+        with pytest.raises(ValueError, match=rf"{names}.* got '{name}', .*torch.* use \"hvp\""):
+            call(name)

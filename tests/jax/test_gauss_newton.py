@@ -285,7 +285,7 @@ def test_the_products_cost_a_forward_pass_more():
 
 SOLVERS = {
     "scale_by_tuner": lambda **how: scale_by_tuner(tuners.cdat(1.0, 0.0), **how),
-    "scale_by_cdat": lambda **how: scale_by_cdat(1.0, 0.0, **how),
+    "scale_by_cdat": lambda **how: scale_by_cdat(sigma=1.0, decay=0.0, **how),
     "cdat": lambda **how: cdat(optax.identity(), sigma=1.0, decay=0.0, **how),
 }
 
@@ -321,7 +321,7 @@ def test_a_training_step_uses_it_and_compiles_once(build):
 
 def test_it_is_measured_only_every_so_often():
     params, (x, y) = layers(), batch()
-    solver = descent(scale_by_cdat(1.0, curvature="gauss_newton", every=2))
+    solver = descent(scale_by_cdat(sigma=1.0, curvature="gauss_newton", every=2))
     step, state = stepper(solver, CompositeLoss(network, cross_entropy)), solver.init(params)
     rates = []
     for _ in range(4):
@@ -433,7 +433,7 @@ def test_each_argument_reaches_the_function_that_names_it(loss, call, expected):
 def test_extra_arguments_that_nobody_names_are_left_out_of_a_step():
     """As for any value_fn: optax.chain hands every extra argument to every member."""
     loss = CompositeLoss(lambda w, x: w * x, lambda z, y: jnp.sum((z - y) ** 2))
-    solver = descent(scale_by_cdat(1.0, curvature="gauss_newton"))
+    solver = descent(scale_by_cdat(sigma=1.0, curvature="gauss_newton"))
     w, x, y = jnp.ones(2), jnp.array([1.0, 2.0]), jnp.zeros(2)
     value, grad = jax.value_and_grad(loss)(w, x, y)
     _, state = solver.update(
@@ -487,5 +487,5 @@ def test_bad_parts_are_named():
     w = jnp.ones(2)
     with pytest.raises(ValueError, match=r"loss_fn must return a scalar, got shape \(2,\)"):
         gauss_newton(CompositeLoss(lambda w: w, lambda z: z), w, w)
-    with pytest.raises(ValueError, match=r"model_fn must return at least one array .*got .*int"):
+    with pytest.raises(ValueError, match=r"model_fn must return at least one floating or complex array, got .*int"):
         gauss_newton(CompositeLoss(jnp.argmax, lambda z: 1.0 * z), w, w)

@@ -177,7 +177,7 @@ def test_what_is_no_pair_is_refused(returned, got, method):
 def test_parameters_that_are_no_numbers_of_analysis_are_named(leaf, dtype):
     """Optax cannot update them either; they belong to the arguments of the loss."""
     params = {"w": jnp.ones(2), "rest": [leaf]}
-    message = rf"floating arrays, got {dtype}.* at params\['rest'\]\[0\]; hand it to value_fn"
+    message = rf"floating arrays, got {dtype}.* at params\['rest'\]\[0\]; pass it to value_fn"
     value_fn = lambda p: jnp.sum(p["w"] ** 2)
     for call in (
         lambda: measure(value_fn, params, params),

@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_shows():
 @every_door
 def test_parameters_that_are_not_floating_are_refused(door):
     loss = lambda p: jnp.sum(p["w"] ** 2)
-    with pytest.raises(TypeError, match=r"int64 at params\['step'\]; hand it to value_fn"):
+    with pytest.raises(TypeError, match=r"int64 at params\['step'\]; pass it to value_fn"):
         door(loss, {"w": jnp.ones(3), "step": jnp.zeros((), dtype=int)})
     with pytest.raises(ValueError, match="at least one array"):
         door(loss, {})
@@ -380,7 +380,7 @@ def test_states_that_are_no_adam_are_refused():
         adam_inverse_sqrt(optax.sgd(0.1).init(w))
     with pytest.raises(ValueError, match="got 2 in list"):
         adam_inverse_sqrt([adam.init(w), adam.init(w)])
-    with pytest.raises(ValueError, match="that has taken a step, got one with count 0"):
+    with pytest.raises(ValueError, match="after at least one step, got one with count 0"):
         adam_inverse_sqrt(adam.init(w))
     _, state = adam.update(w, adam.init(w))
     for options in ({"b2": 1.0}, {"eps": -1.0}, {"eps_root": float("nan")}):

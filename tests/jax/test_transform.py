@@ -287,3 +287,7 @@ def test_state_shows_the_last_measurement():
     assert float(state.info.slope) == pytest.approx(-gradient @ gradient)
     assert float(state.info.curvature) == pytest.approx(gradient @ hessian @ gradient)
     assert float(optax.tree.get(state, "curvature")) == float(state.info.curvature)
+    assert state.info.learning_rate is state.learning_rate
+    assert (state.info.sharpness, state.info.method) == (None, None)
+    numbers = {"value", "slope", "curvature", "learning_rate", "skipped"}
+    assert state.info.as_dict().keys() == numbers

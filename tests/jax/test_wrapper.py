@@ -1,5 +1,6 @@
 """The wrapper around a base optimizer, and what importing the package says and loads."""
 
+import inspect
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import optax
 import pytest
 
 import cdat_jax
-from cdat_jax import CDATState, cdat, scale_by_cdat
+from cdat_core import tuners
+from cdat_core.extend import StepInfo
+from cdat_jax import TunedState, cdat, scale_by_cdat
 from tests.jax.problems import factors, same, stepper, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -31,7 +34,7 @@ def test_wrapper_is_the_chain_of_base_and_tuner(base, every):
     wrapped = train(cdat(base(), **options), loss, params, 7, batch=batch)
     chained = train(optax.chain(base(), scale_by_cdat(**options)), loss, params, 7, batch=batch)
     for step, ((left, state), (right, expected)) in enumerate(zip(wrapped, chained, strict=True)):
-        assert isinstance(state, CDATState)
+        assert isinstance(state, TunedState)
         assert int(state.step) == step + 1
         for x, y in zip(
             jax.tree.leaves((left, state.base, state.tuner)),
@@ -135,3 +138,28 @@ def test_import_loads_no_other_framework():
 def test_all_is_sorted_and_resolves():
     assert cdat_jax.__all__ == sorted(set(cdat_jax.__all__))
     assert [name for name in cdat_jax.__all__ if not hasattr(cdat_jax, name)] == []
+
+
+def test_removed_names_say_so():
+    with pytest.raises(AttributeError, match="module 'cdat_jax' has no attribute 'CDATState'"):
+        cdat_jax.CDATState  # noqa: B018
+    with pytest.warns(DeprecationWarning, match=r"TunerInfo is deprecated; use cdat_jax\.StepInfo"):
+        assert cdat_jax.TunerInfo is cdat_jax.StepInfo is StepInfo
+    assert "TunerInfo" not in cdat_jax.__all__
+
+
+def test_hyperparameters_are_keyword_only():
+    with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
+        scale_by_cdat(1.9)
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        cdat(optax.sgd(1.0), 1.9)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_grow'"):
+        cdat(optax.sgd(1.0), max_grow=1.1)
+
+
+@pytest.mark.parametrize("function", [cdat, scale_by_cdat])
+def test_the_signature_names_the_guards(function):
+    parameters = inspect.signature(function).parameters
+    guards = tuners.GuardOptions.__annotations__
+    assert [parameters[name].default for name in guards] == [None] * len(guards)
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
