@@ -1,8 +1,8 @@
-"""What a compiled step costs over a step of plain Adam under JAX: time, FLOPs and memory.
+"""The cost of a compiled step relative to plain Adam under JAX: time, FLOPs and memory.
 
-See `turns` for how time is taken. FLOPs and temporary memory are what XLA says of the compiled
-step. It counts the body of a loop once and the dearer branch of a condition, so FLOPs are left out
-where there is a search or a measurement every so often.
+See `turns` for how time is measured. FLOPs and temporary memory are what XLA reports for the
+compiled step. XLA counts the body of a loop once, and of a condition the more expensive branch, so
+FLOPs are left out for searches and for steps that do not always measure.
 
     python benchmarks/jax_steps.py [--rounds 40] [--cores 1] [--tasks mlp resnet gpt]
 """
@@ -212,7 +212,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 class Run:
-    """A compiled step with the parameters and the state it moves."""
+    """A compiled step with its parameters and state."""
 
     def __init__(self, task: Task, contender: Contender) -> None:
         solver, loss = optax.with_extra_args_support(contender.solver), task.loss
@@ -225,7 +225,7 @@ class Run:
             return optax.apply_updates(params, updates), state, value
 
         self.batch = (task.x, task.y)
-        # A buffer of its own for every leaf, so that all can be donated.
+        # Each leaf needs its own buffer, so that all can be donated.
         self.now = jax.tree.map(jnp.copy, (task.params, solver.init(task.params)))
         jitted = jax.jit(update, donate_argnums=(0, 1))
         self.compiled = jitted.lower(*self.now, *self.batch).compile()
@@ -264,7 +264,7 @@ def compare(name: str, rounds: int) -> None:
 
 
 def confine(cores: int) -> int:
-    """Confine this process, before JAX starts threads, to some cores; return how many it has."""
+    """Confine this process to some cores before JAX starts threads; return their number."""
     if not hasattr(os, "sched_setaffinity"):  # neither on macOS nor on Windows
         return os.cpu_count() or 1
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -273,9 +273,9 @@ def confine(cores: int) -> int:
 
 def main() -> None:
     options = parser(__doc__, TASKS, rounds=40)
-    options.add_argument("--cores", type=int, default=1, help="of the CPU, to be used at most")
+    options.add_argument("--cores", type=int, default=1, help="largest number of CPU cores to use")
     chosen = options.parse_args()
-    cores = confine(chosen.cores)  # no flag of XLA does: it takes as many threads as it sees cores
+    cores = confine(chosen.cores)  # XLA has no flag for this: it starts one thread per core
     print(
         f"JAX {jax.__version__}, Optax {optax.__version__}, {jax.default_backend()}, "
         f"{platform.machine()}, {cores} core(s), {chosen.rounds} rounds"

@@ -7,7 +7,7 @@ STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise"}
 
 
 def _configure(settings):
-    """Apply JAX settings and return what they were before."""
+    """Apply JAX settings and return the previous ones."""
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -16,7 +16,7 @@ def _configure(settings):
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_jax():
-    """Float64 is available, and an operation that would silently broadcast ranks is an error."""
+    """Enable float64, and make implicit rank promotion an error."""
     before = _configure(STRICT)
     yield
     _configure(before)
@@ -24,7 +24,7 @@ def strict_jax():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compile without most optimisations, for modules whose time is spent compiling."""
+    """Compile without most optimisations, for modules that spend most of their time compiling."""
     before = _configure({"jax_disable_most_optimizations": True})
     yield
     _configure(before)
@@ -32,7 +32,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def debug_nans(strict_jax):
-    """A NaN among what a compiled function returns is an error, for modules that expect none."""
+    """Make a NaN in the result of a compiled function an error, for modules that expect none."""
     before = _configure({"jax_debug_nans": True})
     yield
     _configure(before)
@@ -40,7 +40,7 @@ def debug_nans(strict_jax):
 
 @pytest.fixture
 def single_precision(strict_jax):
-    """JAX as it comes: without float64."""
+    """Disable float64, as is the default of JAX."""
     before = _configure({"jax_enable_x64": False})
     yield
     _configure(before)

@@ -53,7 +53,7 @@ def same(left, right):
 def factors(dtype=None):
     """Return a loss ``loss(params, batch)`` of two linear layers of width one, params and a batch.
 
-    Only elementwise operations, so that a training step compiles quickly; not a quadratic.
+    It has only elementwise operations, so a training step compiles quickly. It is not quadratic.
     """
     generator = np.random.default_rng(3)
     params = {"inner": (np.linspace(0.5, 1.5, 5), np.zeros(5)), "outer": np.linspace(-0.5, 0.7, 5)}

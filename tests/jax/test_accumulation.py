@@ -1,4 +1,4 @@
-"""The mean over micro-batches: the numbers of the whole batch, the memory of one part."""
+"""The mean over micro-batches: the results of the whole batch in the memory of one part."""
 
 import functools
 
@@ -30,7 +30,7 @@ LOSS = CompositeLoss(network, squared_error)
 
 
 def problem(dtype="float64", size=SIZE, width=5):
-    """Return parameters, the whole batch and the same in micro-batches."""
+    """Return parameters, the whole batch, and the batch as micro-batches."""
     params = {"hidden": jnp.zeros((3, width), dtype), "out": jnp.zeros((width, 2), dtype)}
     params = random_like(params, seed=0, scale=0.7)
     whole = {"x": jnp.zeros((NUMBER * size, 3), dtype), "y": jnp.zeros((NUMBER * size, 2), dtype)}
@@ -40,7 +40,7 @@ def problem(dtype="float64", size=SIZE, width=5):
 
 
 def everything(loss, method):
-    """Return a function of parameters and a batch: value, gradient and the model along -grad."""
+    """Return a function of parameters and a batch: value, gradient and measurement along -grad."""
 
     def found(params, batch):
         objective = functools.partial(loss, **batch)
@@ -70,7 +70,7 @@ def test_other_methods_give_the_numbers_of_the_whole_batch(method):
         jax.jit(everything(loss, method))(params, batch)
         for loss, batch in ((accumulate(LOSS), stacked), (LOSS, whole))
     )
-    # The difference quotient of gradients keeps about half of the digits.
+    # A difference quotient of gradients loses about half of the digits.
     tolerance = 1e-9 if method == "finite_difference" else 1e-12
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=1e-15)
@@ -89,7 +89,7 @@ squares.defvjp(
 
 @pytest.mark.parametrize("method", ["auto", "gauss_newton"])
 def test_a_custom_vjp_is_found_inside_the_loop(method):
-    """It has no forward rule: the measurement falls back to reverse mode as it does outside."""
+    """It has no forward-mode rule, so the measurement uses reverse mode, as outside of the loop."""
     params, whole, stacked = problem()
     custom = CompositeLoss(network, lambda outputs, y: squares(outputs - y))
     found, expected = (
@@ -102,7 +102,7 @@ def test_a_custom_vjp_is_found_inside_the_loop(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_is_that_of_one_micro_batch(method):
-    """Beside a few copies of the parameters: the sum of the gradients, and the tangents."""
+    """Plus a few copies of the parameters: the sum of the gradients, and the tangents."""
     params, whole, stacked = problem("float32", size=512, width=64)
 
     def temporary(loss, batch):
@@ -191,7 +191,7 @@ def test_auxiliary_outputs_come_back_stacked():
 
 
 def test_micro_batches_of_several_sizes_are_weighted_by_the_loss():
-    """Padded to one size; the weight of a sample is its share of all samples."""
+    """They are padded to one size, and each sample has the same weight."""
     params, whole, stacked = problem()
     sizes = np.array([8, 3, 5, 8])
     mask = (np.arange(SIZE)[None, :] < sizes[:, None]).astype(float)
@@ -220,14 +220,14 @@ def test_random_keys_are_stacked_and_what_is_shared_is_fixed_before():
 
 
 def test_gradients_of_bfloat16_are_added_in_float32():
-    """A sum of 512 terms of one sign in bfloat16 would stop growing: it has 8 bits."""
+    """bfloat16 has 8 bits, so a sum of 512 equal terms would stop growing."""
     params, number = jnp.asarray([1.0], jnp.bfloat16), 512
     loss = accumulate(lambda w, x: jnp.sum(w * x))
     x = jnp.full((number, 1), 0.75, jnp.bfloat16)
     grad = jax.grad(loss)(params, x)
     assert same(grad, jnp.asarray([0.75], jnp.bfloat16))
     inside = jax.grad(lambda w: jax.lax.scan(lambda t, x: (t, jnp.sum(w * x)), 0, x)[1].mean())
-    assert abs(float(inside(params)[0]) - 0.75) > 0.01  # what would happen
+    assert abs(float(inside(params)[0]) - 0.75) > 0.01  # without the wider sum
 
 
 def test_a_step_compiles_once_and_can_be_mapped():

@@ -1,6 +1,6 @@
-"""What every public transformation owes to its users, in the manner of Optax's own common tests.
+"""Properties of every public transformation, like the common tests of Optax.
 
-Any NaN that a compiled program returns is an error here (``jax_debug_nans``).
+A NaN in the result of a compiled program is an error here (``jax_debug_nans``).
 """
 
 import functools
@@ -134,7 +134,7 @@ def parabola(params):
 @every_transform
 @pytest.mark.parametrize("problem", ["parabola", "rosenbrock"])
 def test_the_loss_falls_on_the_problems_of_optax(name, problem):
-    """From their starts, in 300 steps, to a hundredth; scalar parameters in one of them."""
+    """To a hundredth in 300 steps from the starts of Optax; one problem has scalar parameters."""
     loss, params = {
         "parabola": (parabola, jnp.asarray([-1.0, 10.0])),
         "rosenbrock": (rosenbrock, {"x": jnp.asarray(0.0), "y": jnp.asarray(0.8)}),
@@ -177,7 +177,7 @@ def test_scan_equals_the_loop_bit_for_bit(name):
 
 @every_transform
 def test_mapped_runs_are_separate_runs(name):
-    """Over the parameters and all of the state, so that conditions become selections."""
+    """Mapped over parameters and state, so conditions become selections."""
     case = run(name)
     starts = [jax.tree.map(lambda p, s=scale: s * p, case.params) for scale in (1.0, 0.5)]
 
@@ -198,7 +198,7 @@ def test_mapped_runs_are_separate_runs(name):
 
 @every_transform
 def test_params_and_state_can_be_donated(name):
-    """Also what an update outside of jit returns, and the caller's own arrays stay alive."""
+    """Also the state that an update outside of jit returns; the caller's arrays are not deleted."""
     case = run(name)
     donating = stepper(case.solver, case.loss, donate_argnums=(0, 1))
     donated, state = jax.tree.map(jnp.copy, case.start())
@@ -226,7 +226,7 @@ def test_a_state_that_was_flattened_and_pickled_goes_on_as_before(name):
 
 
 def updated(solver, params):
-    """Return the state before, and updates and state after one update, as shapes and dtypes."""
+    """Return the state before one update, and updates and state after it, as shapes and dtypes."""
 
     def value_fn(params):
         return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(params))
@@ -270,7 +270,7 @@ def test_structure_shapes_and_dtypes_of_the_state_are_fixed(name, dtype, wide):
 @every_transform
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 def test_dtypes_are_fixed_without_float64(name, dtype, single_precision):
-    """Where JAX warns of every request for 64 bits."""
+    """JAX then warns about every request for 64 bits."""
     check_dtypes(name, dtype, "float32")
 
 
@@ -296,7 +296,7 @@ def test_no_parameters_give_no_updates(name, params):
 
 
 @every_transform
-def test_zero_gradient_moves_nothing_and_is_no_fault(name):
+def test_zero_gradient_moves_nothing_and_is_not_skipped(name):
     loss, _, _, minimiser = quadratic()
     for params, state in train(TRANSFORMS[name](), loss, jnp.asarray(minimiser), 2):
         np.testing.assert_array_equal(params, minimiser)
@@ -306,7 +306,7 @@ def test_zero_gradient_moves_nothing_and_is_no_fault(name):
 
 @every_transform
 def test_no_tracer_leaks_and_no_hidden_transfers(name):
-    """Where every transfer between host and device that is not asked for is an error."""
+    """An implicit transfer between host and device is an error here."""
     case = run(name)
     params, state = case.start()
     with jax.checking_leaks():
@@ -318,7 +318,7 @@ def test_no_tracer_leaks_and_no_hidden_transfers(name):
     assert not same(moved, params)
 
 
-def test_the_guards_see_what_they_should():
+def test_the_checks_of_jax_are_on():
     with pytest.raises(FloatingPointError, match="nan"):
         jax.jit(jnp.log)(-1.0)
     step = jax.jit(lambda x: 2 * x)

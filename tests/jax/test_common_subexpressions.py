@@ -1,4 +1,4 @@
-"""Forward over forward does no operation twice, and merges none that differ."""
+"""Forward over forward repeats no operation, and merges only equal operations."""
 
 import functools
 
@@ -14,7 +14,7 @@ WIDTH, DEPTH = 8, 3
 
 
 def block(hidden, layer):
-    """A residual layer behind a layer norm, as in a transformer."""
+    """A residual layer after a layer norm, as in a transformer."""
     matrix, gain = layer
     centred = hidden - jnp.mean(hidden, axis=1, keepdims=True)
     spread = jax.lax.rsqrt(jnp.mean(centred**2, axis=1, keepdims=True) + 1e-5)
@@ -41,14 +41,14 @@ def scanned(params, block):
 
 
 def products(value_fn, params):
-    """Count the matrix products of a compiled measurement; those of a loop's body once."""
+    """Count the matrix products of a compiled measurement, with one pass through each loop body."""
     compiled = jax.jit(functools.partial(measure, value_fn)).lower(params, params).compile()
     return compiled.as_text().count(" dot(")
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
 def test_every_product_is_done_once(wrap):
-    """z = x W takes x W, x'W, x W', x''W and x'W': five, where both jvps would do x'W and x W'."""
+    """z = x W takes five products, x W, x'W, x W', x''W and x'W'; both jvps have x'W and x W'."""
     shift = jnp.linspace(-1, 1, WIDTH)
     params = {"layers": [layers() for _ in range(DEPTH)], "shift": shift}
     assert products(lambda p: unrolled(p, wrap(block)), params) == 5 * DEPTH
@@ -64,7 +64,7 @@ def nested(w):
 
 
 def parting(w):
-    """Carries that start equal and part after one, two and no steps."""
+    """Carries that start equal and become different after one, two and no steps."""
 
     def step(carry, _):
         a, b, c, d = carry
@@ -114,7 +114,7 @@ def test_zeros_of_two_signs_are_not_merged():
     assert [float(x) for x in found[:3]] == pytest.approx(expected, rel=1e-14)
 
 
-def test_a_callback_is_made_as_often_as_it_was_written():
+def test_repeated_callbacks_are_not_merged():
     seen = []
 
     def value_fn(w):

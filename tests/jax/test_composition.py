@@ -1,4 +1,4 @@
-"""Our transformations inside and around the combinators of Optax."""
+"""The transformations inside and around the combinators of Optax."""
 
 import functools
 
@@ -46,7 +46,7 @@ def plain_chain():
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_compositions_of_optax_give_the_same_steps(name):
     loss, params, batch = factors()
-    # MultiSteps adds gradients in float32 unless it is told otherwise.
+    # MultiSteps sums gradients in float32 by default.
     tolerance = 1e-6 if name == "MultiSteps" else 1e-12
     trajectory = train(COMPOSITIONS[name](), loss, params, 3, batch=batch)
     for (left, _), (right, _) in zip(trajectory, plain_chain(), strict=True):
@@ -65,7 +65,7 @@ SECONDS = {
 
 @pytest.mark.parametrize("second", list(SECONDS.values()), ids=list(SECONDS))
 def test_frozen_parameters_stay_and_the_others_train_as_if_alone(second):
-    """The recipe for parameters that should not move: multi_transform in the base."""
+    """The recipe for frozen parameters: multi_transform in the base."""
     loss, params, batch = factors()
     groups = {"a": optax.set_to_zero(), "b": optax.adam(1.0)}
     tuned = optax.chain(optax.multi_transform(groups, GROUPS), second())
@@ -90,14 +90,14 @@ def test_frozen_parameters_stay_and_the_others_train_as_if_alone(second):
     ],
     ids=["masked", "multi_transform"],
 )
-def test_a_rule_that_sees_a_part_of_the_parameters_says_what_to_do(second, hide):
+def test_a_rule_that_gets_some_of_the_parameters_says_what_to_do(second, hide):
     loss, params, batch = factors()
     with pytest.raises(ValueError, match=r"params must be all parameters.*chain\(optax.multi_tra"):
         train(hide(optax.chain(optax.sgd(1.0), second())), loss, params, 1, batch=batch)
 
 
 def test_injected_hyperparameters_can_change_between_steps():
-    """All of them, `every` too, without another compilation; on a quadratic each rate is known."""
+    """All of them, also `every`, without recompiling; on a quadratic each rate is known."""
     loss, params, _, _ = quadratic()
     solver = optax.chain(
         optax.sgd(1.0), optax.inject_hyperparams(scale_by_cdat)(sigma=1.0, decay=0.0, every=1)
@@ -135,7 +135,7 @@ def test_sigma_follows_a_schedule():
 
 
 def test_injected_hyperparameters_of_bfloat16_parameters_need_a_dtype():
-    """Optax rounds them to the dtype of the parameters otherwise."""
+    """By default Optax rounds them to the dtype of the parameters."""
     _, params, _ = factors(jnp.bfloat16)
     inject = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
     for factory, arguments in ((scale_by_cdat, ()), (cdat, (optax.sgd(1.0),))):
@@ -199,7 +199,7 @@ def test_the_learning_rate_is_found_in_a_state_with_others_of_that_name():
 
 
 def test_a_gradient_that_is_not_finite_is_left_to_apply_if_finite():
-    """It sees the gradient and not the curvature: cdat alone needs no such guard."""
+    """It checks the gradient only; cdat needs no such guard."""
     solver = optax.apply_if_finite(cdat(optax.adam(1.0), sigma=1.0), 5)
     step, params = stepper(solver, lambda w, scale: scale * jnp.sum(w**2)), jnp.ones(3)
     params, state = step(params, solver.init(params), scale=1.0)
@@ -208,8 +208,8 @@ def test_a_gradient_that_is_not_finite_is_left_to_apply_if_finite():
     assert int(bad.total_notfinite) == 1
 
 
-def test_multi_steps_measures_in_every_micro_step_and_accumulates_nothing_else():
-    """What its update pays for: the reason to use `accumulate` instead."""
+def test_multi_steps_measures_in_every_micro_step():
+    """The reason to use `accumulate` instead."""
     loss, params, batch = factors()
     seen = []
 
@@ -238,7 +238,7 @@ def test_multi_steps_measures_in_every_micro_step_and_accumulates_nothing_else()
 
 
 def test_copies_of_the_parameters_are_found_in_the_state():
-    """By optax.tree.map_params, with which Optax shards states."""
+    """Optax uses optax.tree.map_params to shard states."""
     solver = cdat(optax.adam(1.0))
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     state = solver.init(params)

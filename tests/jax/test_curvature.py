@@ -127,7 +127,7 @@ def cond(generator):
 
 
 class Case(NamedTuple):
-    """What the dense Hessian says, and what was measured."""
+    """Expected values from the dense Hessian, and measured ones."""
 
     columns: np.ndarray
     expected: list[float]
@@ -173,7 +173,7 @@ def test_exact_methods_match_the_dense_hessian(case, method):
 
 
 def test_finite_difference_matches_within_its_error(case):
-    """The displacement h ~ eps**(1/3) |w| leaves errors of order h**2 and eps/h, both ~ 1e-10."""
+    """With h ~ eps**(1/3) |w| the errors are of order h**2 and eps/h, both ~ 1e-10."""
     assert case.measured["finite_difference"] == pytest.approx(case.expected, rel=1e-7)
 
 
@@ -196,7 +196,7 @@ def test_finite_difference_errs_with_the_square_of_its_step():
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def rounded(request, strict_jax, quick_compilation):
-    """A rounded point with the negative gradient as direction, and the values in float64."""
+    """A rounded point, the negative gradient as direction, and the exact values in float64."""
     value_fn, params = tanh_network(np.random.default_rng(0))
 
     def cast(tree, dtype):
@@ -216,7 +216,7 @@ def rounded(request, strict_jax, quick_compilation):
 
 @exact_methods
 def test_low_precision_parameters_give_float32_scalars(rounded, method):
-    """At the same rounded point: 1e-5 is 100 roundings of float32, 5e-2 is 12 of bfloat16."""
+    """At the same rounded point; 1e-5 is 100 roundings of float32, 5e-2 is 12 of bfloat16."""
     dtype, value_fn, params, direction, expected = rounded
     got = jax.jit(functools.partial(measure, value_fn, curvature=method))(params, direction)
     assert {field.dtype for field in got[:3]} == {jnp.dtype("float32")}
@@ -294,14 +294,14 @@ custom = pytest.mark.parametrize(("function", "plain"), list(CUSTOM.values()), i
 
 
 def applied(function):
-    """An objective that applies `function` to the parameters and to what is made of them."""
+    """Return an objective that applies `function` to the parameters and to a function of them."""
     return lambda w: jnp.sum(jnp.cos(function(w[::-1] * function(w))))
 
 
 @custom
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_custom_vjp_is_measured_by_reverse_mode(function, plain, compiled):
-    """The linear one keeps no residuals, so that a jvp of a jvp fails only when compiled."""
+    """The linear one has no residuals, so a jvp of a jvp fails only when it is compiled."""
     params, direction = jnp.linspace(0.1, 1, 3), jnp.linspace(-1, 1, 3)
     expected = measured(applied(plain), params, direction, "forward")
     measuring = functools.partial(measure, applied(function))
@@ -328,7 +328,7 @@ def test_custom_vjp_has_no_forward_over_forward(function, plain):
 
 
 def test_custom_vjp_of_the_data_leaves_forward_mode_alone():
-    """Reverse mode cannot pass the while_loop, so this also shows which mode was chosen."""
+    """Reverse mode cannot differentiate the while_loop, so forward mode must have been chosen."""
     double, _ = CUSTOM["linear"]
 
     def value_fn(w):
@@ -352,7 +352,7 @@ def test_type_error_of_the_objective_surfaces_unchanged(method, message):
 
 
 def test_while_loop_is_measured_by_forward_mode():
-    """Reverse mode cannot pass a while_loop of unknown length; nor can the gradient."""
+    """Reverse mode, and so the gradient, cannot differentiate a while_loop of unknown length."""
 
     def value_fn(params, loop):
         return jnp.sum(loop(lambda x: jnp.sin(x) + x**2 / 4, params))
@@ -370,7 +370,7 @@ def test_while_loop_is_measured_by_forward_mode():
 
 
 def complex_objective(params):
-    """Real, not holomorphic, with an indefinite Hessian; a complex and a real leaf."""
+    """Return a real, indefinite function of a complex and a real leaf, not holomorphic."""
     z, x = params["z"], params["x"]
     coupling = jnp.sum(jnp.abs(z) ** 2) * jnp.sum(jnp.sin(x))
     return jnp.sum(jnp.real((1 + 2j) * z**3) + jnp.abs(z) ** 4) + coupling
@@ -402,7 +402,7 @@ def test_complex_parameters_count_as_real_and_imaginary_parts(complex_case, meth
     assert got == pytest.approx(expected, rel=1e-7 if method == "finite_difference" else 1e-12)
 
 
-def test_complex_hvp_is_the_symmetric_operator_of_the_space(complex_case):
+def test_complex_hvp_is_a_symmetric_operator(complex_case):
     params, direction, _, _, hessian = complex_case
     product = jax.jit(lambda p, v: hvp(complex_objective, p)(v))(params, direction)
     np.testing.assert_allclose(flat(split(product)), hessian @ flat(split(direction)), rtol=1e-12)
@@ -431,7 +431,7 @@ def test_objective_must_return_a_scalar(method, shape):
         )
 
 
-def test_hvp_of_an_objective_that_is_no_scalar():
+def test_hvp_of_an_objective_that_is_not_scalar():
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         hvp(lambda w: w**2, jnp.ones(2))
 

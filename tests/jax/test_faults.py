@@ -1,4 +1,4 @@
-"""What is not finite, missing or wrong: such a step moves nothing, and errors have names."""
+"""Non-finite steps move nothing; missing and wrong arguments are named in the error."""
 
 import functools
 
@@ -18,10 +18,10 @@ GOOD, *FAULTS = ("nothing", "value-nan", "value-inf", "grad-nan", "grad-inf", "c
 
 
 def faulty(loss):
-    """Return `loss` with a further argument that picks what is not finite, as a bad batch would.
+    """Return `loss` with another argument that selects what is not finite, like a bad batch.
 
-    Each term is zero, or has a zero gradient, at the point where it is evaluated: the square root
-    has an infinite gradient there, the power 1.5 a finite gradient and an infinite curvature.
+    Except for the faults themselves, the added terms are zero: at zero the square root has an
+    infinite gradient, and the power 1.5 has a zero gradient and an infinite curvature.
     """
 
     def value_fn(params, batch, fault):
@@ -97,7 +97,7 @@ def test_the_faults_are_what_they_say(fault):
 
 @pytest.mark.parametrize(("name", "fault"), SEEN)
 def test_a_bad_step_moves_nothing_and_is_counted(name, fault):
-    """Where the curvature is refreshed every third step, the fourth step measures it again."""
+    """With ``every=3`` the fourth step measures the curvature again."""
     case = runner(name)
     *_, (params, state), (after, bad) = case.run([GOOD, GOOD, GOOD, fault])
     before, tuning = case.tuning(state), case.tuning(bad)
@@ -123,7 +123,7 @@ def test_the_wrapper_keeps_its_base_from_a_bad_step(fault):
 
 
 @pytest.mark.parametrize(("name", "fault"), TUNED)
-def test_the_next_good_step_is_the_one_that_would_have_been(name, fault):
+def test_the_next_good_step_is_as_if_the_bad_ones_had_not_been(name, fault):
     case = runner(name)
     broken, state = case.run([GOOD, GOOD, GOOD, fault, fault, GOOD])[-1]
     whole, expected = case.run([GOOD, GOOD, GOOD, GOOD])[-1]
@@ -143,7 +143,7 @@ def test_a_run_that_begins_badly_recovers(name, fault):
 
 
 @pytest.mark.parametrize("name", sorted(SOLVERS.keys() - MEASURING))
-def test_curvature_that_is_not_asked_for_is_no_fault(name):
+def test_a_curvature_that_is_not_needed_may_be_infinite(name):
     case = runner(name)
     params, state = case.run([GOOD, "curvature"])[-1]
     assert same(params, case.run([GOOD, GOOD])[-1][0])
@@ -152,7 +152,7 @@ def test_curvature_that_is_not_asked_for_is_no_fault(name):
 
 @pytest.mark.parametrize("fault", FAULTS[:-1])
 def test_a_search_starts_from_its_first_guess_after_a_bad_step(fault):
-    """Its guess had grown from 0.1 by 1.5 a step."""
+    """Without the bad step the guess would have grown from 0.1 by the factor 1.5."""
     case = runner("backtracking")
     states = [case.tuning(state) for _, state in case.run([GOOD, fault, GOOD])]
     rates = [float(state.learning_rate) for state in states]
@@ -172,7 +172,7 @@ def test_a_search_starts_from_its_first_guess_after_a_bad_step(fault):
     ids=["cdat", "cdat-every", "constant", "backtracking"],
 )
 def test_a_direction_that_is_not_finite_never_reaches_the_parameters(build):
-    """Not even where the gradient is zero: 0 * inf is NaN."""
+    """Also if the gradient is zero, because 0 * inf is NaN."""
     loss = lambda w: jnp.sum((w - 1) ** 2)
     solver = build()
 
@@ -194,7 +194,7 @@ def test_a_direction_that_is_not_finite_never_reaches_the_parameters(build):
 
 
 def arguments(**changes):
-    """Return positional and keyword arguments of an update, with some changed or left out (...)."""
+    """Return the keyword arguments of an update, some changed, or left out by ``...``."""
     ones = jnp.ones(2)
     keywords = {"value": 1.0, "grad": ones, "value_fn": lambda w: jnp.sum(w**2)} | changes
     return {name: value for name, value in keywords.items() if value is not ...}
@@ -250,7 +250,7 @@ def test_a_gradient_of_other_shapes_is_refused(build):
 
 
 @pytest.mark.parametrize("rule", [42, "cdat", None, tuners.cdat])
-def test_what_is_no_tuner_is_refused(rule):
+def test_anything_but_a_tuner_or_search_is_refused(rule):
     with pytest.raises(TypeError, match="tuner_or_search must be a cdat_core Tuner or LineSearch"):
         scale_by_tuner(rule)
 
@@ -283,7 +283,7 @@ def test_a_bad_multiplier_is_named(rate):
 
 
 def switching(params, straight):
-    """A bowl, or (straight) a plane of no curvature."""
+    """Return a bowl, or if `straight` a plane without curvature."""
     return jnp.where(straight, jnp.sum(params), jnp.sum(params**2))
 
 

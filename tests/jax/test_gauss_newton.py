@@ -24,7 +24,7 @@ gauss_newton = functools.partial(measure, curvature="gauss_newton")
 
 
 def dense_gauss_newton(model_fn, loss_fn, params):
-    """Return value, gradient and J' H_loss J; the Jacobian has a reverse pass for each output."""
+    """Return value, gradient and J' H_loss J, with one reverse pass per output for J."""
     vector, unravel = ravel_pytree(params)
     _, unravel_outputs = ravel_pytree(model_fn(params))
 
@@ -45,7 +45,7 @@ def dense_gauss_newton(model_fn, loss_fn, params):
 
 
 def with_custom_vjp(function, backward):
-    """Return `function` with a derivative that has no forward rule."""
+    """Return `function` with a derivative that has no forward-mode rule."""
     wrapped = jax.custom_vjp(function)
     wrapped.defvjp(lambda x: (function(x), x), lambda x, g: (backward(x) * g,))
     return wrapped
@@ -57,7 +57,7 @@ custom_double = with_custom_vjp(lambda x: 2 * x, lambda _: 2.0)
 
 
 def network(params, x, activation=jnp.tanh):
-    """An 8-6-6-4 network, as far as `params` has layers."""
+    """A fully connected network with the layers of `params`."""
     for matrix, bias in params[:-1]:
         x = activation(x @ matrix + bias[None])
     return x @ params[-1][0] + params[-1][1][None]
@@ -78,7 +78,7 @@ def recurrent(params, x):
 
 
 def many_outputs(params, x):
-    """A pytree of outputs; decay as a part of the loss needs the weights among them."""
+    """A pytree of outputs, with the weights for a loss that includes weight decay."""
     return {"logits": network(params, x), "weights": params, "unused": None, "data": (x,)}
 
 
@@ -162,7 +162,7 @@ def test_a_linear_model_has_the_hessian(loss_fn):
 
 
 def test_a_partial_with_attributes_may_be_fixed_further():
-    """Python does not merge it with the next one; of a keyword the last value counts."""
+    """Python does not merge the two; the last value of a keyword counts."""
     params, (x, y) = layers(), batch()
     u = random_like(params, seed=2)
     loss = CompositeLoss(network, cross_entropy)
@@ -264,7 +264,7 @@ def test_bfloat16_parameters_have_float32_scalars(activation):
 
 
 def test_the_products_cost_a_forward_pass_more():
-    """A gradient without that of the data has 8 products for 3 layers, J u another 5."""
+    """For 3 layers, a gradient without that of the data has 8 products, and J u has 5 more."""
 
     def gradient(params, x, y):
         return jax.value_and_grad(composite)(params, x, y)
@@ -319,7 +319,7 @@ def test_a_training_step_uses_it_and_compiles_once(build):
     assert len(traces) == counted
 
 
-def test_it_is_measured_only_every_so_often():
+def test_every_works_with_it():
     params, (x, y) = layers(), batch()
     solver = descent(scale_by_cdat(sigma=1.0, curvature="gauss_newton", every=2))
     step, state = stepper(solver, CompositeLoss(network, cross_entropy)), solver.init(params)
@@ -330,7 +330,7 @@ def test_it_is_measured_only_every_so_often():
     assert rates[0] == rates[1] != rates[2] == rates[3]
 
 
-def test_it_serves_the_line_searches_of_optax():
+def test_it_works_with_the_line_searches_of_optax():
     params, (x, y) = layers(), batch()
     loss = CompositeLoss(network, cross_entropy)
     solver = descent(optax.scale_by_backtracking_linesearch(20))
@@ -431,7 +431,7 @@ def test_each_argument_reaches_the_function_that_names_it(loss, call, expected):
 
 
 def test_extra_arguments_that_nobody_names_are_left_out_of_a_step():
-    """As for any value_fn: optax.chain hands every extra argument to every member."""
+    """As for any value_fn: optax.chain passes every extra argument to every member."""
     loss = CompositeLoss(lambda w, x: w * x, lambda z, y: jnp.sum((z - y) ** 2))
     solver = descent(scale_by_cdat(sigma=1.0, curvature="gauss_newton"))
     w, x, y = jnp.ones(2), jnp.array([1.0, 2.0]), jnp.zeros(2)
@@ -487,5 +487,5 @@ def test_bad_parts_are_named():
     w = jnp.ones(2)
     with pytest.raises(ValueError, match=r"loss_fn must return a scalar, got shape \(2,\)"):
         gauss_newton(CompositeLoss(lambda w: w, lambda z: z), w, w)
-    with pytest.raises(ValueError, match=r"model_fn must return at least one floating or complex array, got .*int"):
+    with pytest.raises(ValueError, match=r"model_fn must return at least one float.*got .*int"):
         gauss_newton(CompositeLoss(jnp.argmax, lambda z: 1.0 * z), w, w)

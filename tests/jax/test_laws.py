@@ -1,4 +1,4 @@
-"""Laws of the tuned rate at the level of the transformation, for random problems."""
+"""Laws of the tuned rate, tested through the transformation on random problems."""
 
 import functools
 
@@ -17,7 +17,7 @@ few = settings(max_examples=25)
 
 
 def quartic(params, scale):
-    """Return a loss with curvature of both signs, over the leaves of any pytree."""
+    """Return a loss of any pytree that has curvature of both signs."""
     total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
     powers = sum(jnp.sum(leaf**4 - leaf**2) for leaf in jax.tree.leaves(params))
     return scale * (powers + 0.1 * total**2)
@@ -25,7 +25,7 @@ def quartic(params, scale):
 
 @functools.cache
 def rates_of(every=1):
-    """Return a compiled function that makes three steps and returns their rates."""
+    """Return a compiled function that takes three steps and returns their rates."""
 
     @jax.jit
     def rates(points, directions, sigma, loss_scale, direction_scale):

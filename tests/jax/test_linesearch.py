@@ -56,7 +56,7 @@ def test_slope_is_the_inner_product_with_the_gradient(wrapped):
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["real", "custom_vjp"])
 def test_slope_for_complex_parameters(wrapped):
-    """Against a central difference, whose error is of the order of 1e-10 here."""
+    """Against a central difference, whose error is about 1e-10 here."""
     w, u = jnp.asarray([1 + 2j, -0.5j]), jnp.asarray([0.3 - 1j, 2 + 0.1j])
 
     def loss(w):
@@ -69,7 +69,7 @@ def test_slope_for_complex_parameters(wrapped):
 
 
 def test_no_gradient_is_formed_for_a_trial():
-    """Backward, the parameters of a network have more matrix products than its outputs forward."""
+    """A backward pass would contain transposed operations and more matrix products."""
     value_fn, params, batch = tanh_network()
     direction = random_like(params, seed=1)
 
@@ -78,7 +78,7 @@ def test_no_gradient_is_formed_for_a_trial():
 
     traced = str(jax.make_jaxpr(along)(params, direction))
     assert "transpose" not in traced
-    # Two products for the loss and three for its tangent: the batch has none.
+    # Two products for the loss and three for its tangent; the batch has no tangent.
     assert traced.count("dot_general") == 5
     reverse = jax.make_jaxpr(jax.grad(value_fn))(params, batch)
     assert "transpose" in str(reverse)
@@ -96,7 +96,7 @@ def test_zoom_trains_a_tanh_network(base, wrapped):
     for _ in range(25):
         before, (params, state) = params, step(params, state, batch=batch)
         search = state[1].tuner_state
-        if bool(search.failed):  # an Adam direction need not descend
+        if bool(search.failed):  # the direction of Adam may be an ascent direction
             assert float(search.slope) >= 0
             continue
         moved = jax.tree.map(jnp.subtract, params, before)
@@ -136,7 +136,7 @@ def test_zoom_equals_the_core_search_driven_by_hand():
 
 
 def test_training_step_with_zoom_compiles_once_and_finishes_in_float32(single_precision):
-    """Beyond the point where the loss no longer changes."""
+    """It also continues after the loss no longer changes."""
     value_fn, params, batch = factors(dtype=jnp.float32)
     solver = optax.chain(optax.sgd(1.0), scale_by_tuner(linesearch.zoom()))
     step, state = stepper(solver, value_fn), solver.init(params)
@@ -152,7 +152,7 @@ def test_training_step_with_zoom_compiles_once_and_finishes_in_float32(single_pr
 
 
 def test_backtracking_asks_for_no_slope():
-    """Its trials cost one forward pass: nothing in the loop is differentiated."""
+    """A trial costs one forward pass; nothing in the loop is differentiated."""
     value_fn, params, batch = tanh_network()
 
     def sizes(search):

@@ -1,4 +1,4 @@
-"""Our line searches beside those of Optax, on the same functions and from the same points."""
+"""The line searches compared with those of Optax, on the same functions and starts."""
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ def descent(search, scale=1.0):
     ("decrease", "shrink", "grow"), [(1e-4, 0.8, 1.5), (0.3, 0.5, 2.0)], ids=["default", "strict"]
 )
 def test_backtracking_takes_the_same_steps(name, decrease, shrink, grow):
-    """With equal constants and no allowance for rounding, also in the number of evaluations.
+    """With equal constants and no allowance for rounding; the number of evaluations agrees too.
 
-    Updates eight times the gradient make every one of the functions shrink the first guess.
+    The updates are eight times the gradient, so that every function shrinks the first guess.
     """
     loss, start = FUNCTIONS[name]()
     ours = linesearch.backtracking(
@@ -83,10 +83,10 @@ def test_backtracking_takes_the_same_steps(name, decrease, shrink, grow):
 @every_function
 @pytest.mark.parametrize("curvature", [0.9, 0.1])
 def test_zoom_meets_the_strong_wolfe_conditions(name, curvature):
-    """At each step in float64; the steps themselves are free within the conditions.
+    """At each step in float64; the conditions do not determine the steps.
 
-    So is the number of evaluations; in these fifteen steps it is between 37 fewer than with Optax
-    and 3 more.
+    Nor do they determine the number of evaluations, which in these fifteen steps is between 37
+    fewer than with Optax and 3 more.
     """
     loss, start = FUNCTIONS[name]()
     ours = linesearch.zoom(curvature_condition=curvature, value_rtol=0.0)
@@ -117,10 +117,10 @@ def lbfgs(search):
 
 @pytest.mark.parametrize("name", ["rosenbrock", "logistic"])
 def test_lbfgs_converges_as_fast_as_that_of_optax(name):
-    """Iterations until the gradient is 1e-8, and evaluations on the way there.
+    """In iterations and evaluations until the gradient norm is 1e-8.
 
-    Only where each search begins at 1: the step accepted last, which is short at first, would be
-    kept, and would spoil the superlinear convergence.
+    Each search must start at 1. Starting from the last step, which is short at first, would prevent
+    superlinear convergence.
     """
     loss, start = FUNCTIONS[name]()
     gradient = jax.jit(jax.grad(loss))

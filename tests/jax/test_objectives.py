@@ -1,4 +1,4 @@
-"""What an objective may take, and what it may return."""
+"""The arguments and results that an objective may have."""
 
 import functools
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def extras_seen(value_fn, **extra):
-    """Update once; return nothing (`value_fn` records what it is given)."""
+    """Update once; `value_fn` records its arguments."""
     params = jnp.ones(2)
     solver = optax.chain(optax.sgd(1.0), scale_by_cdat())
     solver.update(
@@ -125,7 +125,7 @@ def test_auxiliary_outputs_change_no_product_and_no_sharpness():
     ids=["cdat", "every", "gauss_newton", "constant", "backtracking", "zoom"],
 )
 def test_a_training_step_with_auxiliary_outputs(build):
-    """As ``jax.value_and_grad(..., has_aux=True)`` has it, with the steps of the loss alone."""
+    """With ``jax.value_and_grad(..., has_aux=True)``; the steps are those of the loss alone."""
     _, params, batch = factors()
     solver = optax.chain(optax.sgd(1.0), build())
     expected = train(solver, PLAIN, params, 3, batch=batch)
@@ -162,7 +162,7 @@ def test_the_value_of_an_update_is_the_loss_alone():
     ids=["three", "list", "dict"],
 )
 @pytest.mark.parametrize("method", METHODS[:-1])
-def test_what_is_no_pair_is_refused(returned, got, method):
+def test_results_other_than_a_scalar_or_a_pair_are_refused(returned, got, method):
     with pytest.raises(ValueError, match=rf"must return a scalar or \(scalar, aux\), got {got}"):
         measure(lambda w: returned, jnp.ones(2), jnp.ones(2), curvature=method)
     with pytest.raises(ValueError, match=r"value_fn must return a scalar, got shape \(2,\)"):
@@ -174,8 +174,8 @@ def test_what_is_no_pair_is_refused(returned, got, method):
     [(3, "int"), (np.int32(3), "int32"), (np.True_, "bool"), (jax.random.key(0), "key<fry>")],
     ids=["python", "int32", "bool", "key"],
 )
-def test_parameters_that_are_no_numbers_of_analysis_are_named(leaf, dtype):
-    """Optax cannot update them either; they belong to the arguments of the loss."""
+def test_parameters_that_are_not_inexact_are_named(leaf, dtype):
+    """Optax cannot update them either; they should be arguments of the loss."""
     params = {"w": jnp.ones(2), "rest": [leaf]}
     message = rf"floating arrays, got {dtype}.* at params\['rest'\]\[0\]; pass it to value_fn"
     value_fn = lambda p: jnp.sum(p["w"] ** 2)

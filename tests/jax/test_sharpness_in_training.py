@@ -16,7 +16,7 @@ from tests.jax.problems import flat, quadratic, same, stepper, train
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ALL = 26
-"""Products for the whole Krylov space of the network below, which makes Lanczos exact."""
+"""Products for the whole Krylov space of the network below; the Lanczos method is then exact."""
 
 
 def network(fault=0.0):
@@ -27,7 +27,7 @@ def network(fault=0.0):
 
     def loss(params, x, y, fault):
         hidden = jnp.tanh(x @ params["inner"][0] + params["inner"][1][None])
-        # Zero with its gradient, but with a second derivative that is infinite if fault is not 0.
+        # Value and gradient are zero; the second derivative is infinite unless fault is 0.
         offset = params["outer"][1] - jax.lax.stop_gradient(params["outer"][1])
         bad = jax.lax.cond(fault != 0, lambda x: x**1.5, lambda x: 0.0 * x, offset)
         return jnp.mean((hidden @ params["outer"][0] + params["outer"][1] - y) ** 2) + bad
@@ -57,7 +57,7 @@ def largest(matrix):
 
 
 def chain(base=None, **options):
-    """Return gradient descent at 1 / sharpness, or another base with the rule behind it."""
+    """Return gradient descent at 1 / sharpness, or another base followed by the rule."""
     rule = scale_by_tuner(tuners.sharpness_edge(1.0), **options)
     return optax.chain(optax.sgd(1.0) if base is None else base, rule)
 
@@ -69,7 +69,7 @@ def starts(params, trajectory):
 
 @pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
 def test_the_rate_is_sigma_over_the_sharpness(curvature):
-    """With a whole Krylov space exactly; finite differences have an error of about 1e-10."""
+    """Exact with a whole Krylov space; finite differences have an error of about 1e-10."""
     loss, params, batch = network()
     solver = chain(sharpness_matvecs=ALL, curvature=curvature)
     trajectory = train(solver, loss, params, 5, **batch)
@@ -93,12 +93,12 @@ def test_the_vector_is_the_eigenvector():
 
 @pytest.mark.parametrize("matvecs", [2, 8])
 def test_on_a_quadratic_it_converges_to_the_largest_eigenvalue(matvecs):
-    """A thirtieth of it is what one warm start of two products still misses at first."""
+    """With two products per step, the first measurement is too small by up to a thirtieth."""
     loss, params, hessian, _ = quadratic(size=30)
     exact = largest(hessian)
     trajectory = train(chain(sharpness_matvecs=matvecs), loss, params, 40)
     found = np.asarray([float(state[1].info.sharpness) for _, state in trajectory])
-    # The noise of each start stays; its part in the square of the error does not.
+    # Each start contains noise; the error is quadratic in it.
     errors = 1 - found / exact
     assert errors[0] < 1 / 30
     assert errors.min() > -1e-12
@@ -106,7 +106,7 @@ def test_on_a_quadratic_it_converges_to_the_largest_eigenvalue(matvecs):
 
 
 def test_on_a_network_it_follows_the_largest_eigenvalue():
-    """Within one percent after a few steps, while the Hessian changes by more than that."""
+    """Within one percent after a few steps, although the Hessian changes by more than that."""
     loss, params, batch = network()
     trajectory = train(chain(sharpness_matvecs=4), loss, params, 30, **batch)
     exact = [largest(hessian_at(p)) for p in starts(params, trajectory)]
@@ -118,7 +118,7 @@ def test_on_a_network_it_follows_the_largest_eigenvalue():
 
 
 def adam_by_hand(gradients, b2, eps):
-    """Return what the last update was divided by."""
+    """Return the divisor of the last update."""
     second = np.zeros_like(gradients[0])
     for gradient in gradients:
         second = b2 * second + (1 - b2) * gradient**2
@@ -150,7 +150,7 @@ PRECONDITIONED = {
 @pytest.mark.parametrize("matvecs", [8, ALL])
 @pytest.mark.parametrize("name", PRECONDITIONED)
 def test_under_a_preconditioner_against_the_dense_matrix(name, matvecs):
-    """P is that of the step itself, its own gradient included."""
+    """P belongs to the same step and includes its gradient."""
     loss, params, batch = network()
     build, inverse_sqrt, divisor = PRECONDITIONED[name]
     solver = tuned(
@@ -169,7 +169,7 @@ def test_under_a_preconditioner_against_the_dense_matrix(name, matvecs):
         rtol = 1e-9 if matvecs == ALL else 0.01
         if matvecs == ALL or step >= 3:
             np.testing.assert_allclose(found, exact, rtol=rtol)
-        assert abs(exact / largest(hessian) - 1) > 0.3  # it matters
+        assert abs(exact / largest(hessian) - 1) > 0.3  # P makes a difference
 
 
 def test_without_a_preconditioner_the_wrapper_is_the_chain():
@@ -218,7 +218,7 @@ every_solver = pytest.mark.parametrize("build", SOLVERS.values(), ids=SOLVERS)
 
 @functools.cache
 def compiled(name):
-    """Return a solver, the step with a further argument that scales the loss, and its arguments."""
+    """Return a solver, its step with another argument that scales the loss, and the arguments."""
     loss, params, batch = network()
     solver = SOLVERS[name]()
     value_fn = lambda p, x, y, fault, scale: scale * loss(p, x, y, fault)
@@ -233,7 +233,7 @@ def tuning(state):
 @pytest.mark.parametrize("good_steps", [0, 3])
 @pytest.mark.parametrize("fault", ["value", "sharpness"])
 def test_a_step_that_is_not_finite_leaves_the_vector(name, good_steps, fault):
-    """And training goes on as if the bad step had not been."""
+    """Training then continues as if the bad step had not happened."""
     solver, step, params, good = compiled(name)
     state = solver.init(params)
     for _ in range(good_steps):
@@ -286,7 +286,7 @@ def test_scan_equals_the_loop_bit_for_bit(build):
 
 
 def test_mapping_over_seeds_equals_separate_runs():
-    """Also where some begin from random signs and others from an eigenvector."""
+    """Also if some start from random signs and others from an eigenvector."""
     loss, params, batch = network()
     solver = chain()
     step = stepper(solver, loss)
@@ -333,7 +333,7 @@ def test_many_steps_compile_once_and_donate():
 
 
 def test_the_hessian_is_compiled_once_however_many_products():
-    """The size of the program does not grow with the products, but for a combination of vectors."""
+    """The program does not grow with the number of products."""
     loss, params, batch = network()
 
     def dots(matvecs):
@@ -356,7 +356,9 @@ def test_a_concave_loss_or_a_straight_line_holds_the_rate():
 
 def test_what_cannot_be_measured_is_refused():
     rule = tuners.sharpness_edge()
-    with pytest.raises(ValueError, match='"gauss_newton" has no Hessian-vector products.* use curvature="auto"'):
+    with pytest.raises(
+        ValueError, match='"gauss_newton" has no Hessian-vector products.*curvature="auto"'
+    ):
         scale_by_tuner(rule, curvature="gauss_newton")
     with pytest.raises(ValueError, match="sharpness_matvecs must be an integer >= 1, got 0"):
         scale_by_tuner(rule, sharpness_matvecs=0)

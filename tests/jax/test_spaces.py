@@ -39,7 +39,7 @@ def test_operations_agree_with_numpy(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_inner_products_of_low_precision_accumulate_in_float32(dtype):
-    """Summed in bfloat16, ones stop adding up at 256."""
+    """In bfloat16 a sum of ones would stop growing at 256."""
     x = {"a": jnp.ones(5000, dtype=dtype), "b": jnp.full((3,), 200.0, dtype=dtype)}
     product = jax.jit(space.vdot)(x, x)
     assert product.dtype == jnp.float32
@@ -47,7 +47,7 @@ def test_inner_products_of_low_precision_accumulate_in_float32(dtype):
 
 
 def test_factors_are_not_rounded_to_the_precision_of_the_leaves():
-    """0.1 in bfloat16 is 0.1001; 0.1 * 10 rounds to 1 only from the wider factor."""
+    """1.001 in bfloat16 is 1; the product must be computed with the wider factor."""
     x = jnp.full(3, 1000.0, dtype=jnp.bfloat16)
     factor = jnp.asarray(1.001, dtype=jnp.float32)
     exact = (x.astype(jnp.float32) * factor).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The spectrum in one call: against dense Hessians in float64."""
+"""The functions of the spectrum against dense Hessians in float64."""
 
 import contextlib
 import functools
@@ -23,14 +23,14 @@ from tests.jax.problems import dense, flat, random_like, same, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FRONT_DOORS = {
+FUNCTIONS = {
     "sharpness": lambda *a, **k: sharpness(*a, num_matvecs=4, **k),
     "top_eigenvalues": lambda *a, **k: top_eigenvalues(*a, k=2, num_matvecs=4, **k),
     "spectral_density": lambda *a, **k: spectral_density(*a, num_probes=2, num_matvecs=3, **k),
     "trace": lambda *a, **k: trace(*a, num_probes=3, **k),
     "hutch++": lambda *a, **k: trace(*a, num_probes=4, method="hutch++", **k),
 }
-every_door = pytest.mark.parametrize("door", FRONT_DOORS.values(), ids=FRONT_DOORS)
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def network_loss(params, x, y):
@@ -56,7 +56,7 @@ def regression():
 
 
 def counted(value_fn):
-    """Return the function, and a list that grows by one whenever it is traced."""
+    """Return the function, and a list that grows by one whenever the function is traced."""
     traces = []
 
     def wrapped(*args, **kwargs):
@@ -141,21 +141,21 @@ def test_complex_parameters_are_real_vectors_of_twice_the_length():
     assert abs(float(estimate.estimate) - hessian.trace()) < 4 * float(estimate.standard_error)
 
 
-@pytest.mark.parametrize("door", [sharpness, trace])
-def test_single_precision_and_half_precision(single_precision, door):
+@pytest.mark.parametrize("function", [sharpness, trace])
+def test_single_precision_and_half_precision(single_precision, function):
     loss = lambda w, c: (c * w**2).sum() / 2
     curvatures = jnp.array([0.5, 1.0, 2.0, 8.0])
-    expected = 8.0 if door is sharpness else 11.5
+    expected = 8.0 if function is sharpness else 11.5
     for dtype, rtol in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.02)):
-        options = {"num_matvecs": 4} if door is sharpness else {"num_probes": 1}
-        found = door(loss, jnp.ones(4, dtype=dtype), curvatures.astype(dtype), **options)
-        number = found if door is sharpness else found.estimate
+        options = {"num_matvecs": 4} if function is sharpness else {"num_probes": 1}
+        found = function(loss, jnp.ones(4, dtype=dtype), curvatures.astype(dtype), **options)
+        number = found if function is sharpness else found.estimate
         assert number.dtype == jnp.float32
         np.testing.assert_allclose(number, expected, rtol=rtol)
 
 
 def adam_like(base, params, data, steps=5):
-    """Parameters and state after a few steps, with what the last update was divided by."""
+    """Return parameters, state and all gradients after a few steps."""
     state, gradients = base.init(params), []
     for _ in range(steps):
         gradient = jax.grad(network_loss)(params, *data)
@@ -201,19 +201,19 @@ def test_the_state_of_cdat_and_callables_and_numbers_as_preconditioners(problem)
     np.testing.assert_allclose(largest(inverse_sqrt=by_hand), plain / 4, rtol=1e-10)
 
 
-@every_door
-def test_the_key_fixes_the_random_vectors(problem, door):
+@every_function
+def test_the_key_fixes_the_random_vectors(problem, function):
     params, data, _ = problem
-    first = door(network_loss, params, *data)
-    assert same(first, door(network_loss, params, *data))
-    assert same(first, door(network_loss, params, *data, key=jax.random.key(0)))
-    assert not same(first, door(network_loss, params, *data, key=jax.random.key(1)))
+    first = function(network_loss, params, *data)
+    assert same(first, function(network_loss, params, *data))
+    assert same(first, function(network_loss, params, *data, key=jax.random.key(0)))
+    assert not same(first, function(network_loss, params, *data, key=jax.random.key(1)))
 
 
 def test_a_warm_start_saves_products():
     loss, x, _ = regression()
     w = jnp.zeros(80)
-    # At nearby parameters, here on nearby data, the eigenvector has hardly moved.
+    # Nearby data change the eigenvector only a little, like nearby parameters.
     moved = x + 0.01 * random_like(x, seed=6)
     exact = np.linalg.eigvalsh(np.asarray(moved.T @ moved / 300))[-1]
     before = top_eigenvalues(loss, w, x, num_matvecs=40)
@@ -232,25 +232,25 @@ def test_a_warm_start_sees_an_eigenvalue_that_is_new_at_the_top():
     np.testing.assert_allclose([found.values[0], later.values[0]], [5.0, 9.0], rtol=1e-9)
 
 
-@every_door
-def test_nothing_is_compiled_again_for_arguments_of_the_same_shapes(problem, door):
+@every_function
+def test_nothing_is_compiled_again_for_arguments_of_the_same_shapes(problem, function):
     params, data, _ = problem
     value_fn, traces = counted(network_loss)
-    door(value_fn, params, data[0], y=data[1])
+    function(value_fn, params, data[0], y=data[1])
     once = len(traces)
     assert once >= 1
     moved, x, y = jax.tree.map(lambda leaf: leaf + 0.1, params), 2 * data[0], data[1] + 1
     with compilations() as compiled:
-        second = door(value_fn, moved, x, y=y)
+        second = function(value_fn, moved, x, y=y)
     assert not compiled
     assert len(traces) == once
-    # What was compiled depends on neither the parameters nor the data.
-    assert same(second, door(lambda *a, **k: network_loss(*a, **k), moved, x, y=y))
+    # Neither the parameters nor the data were compiled as constants.
+    assert same(second, function(lambda *a, **k: network_loss(*a, **k), moved, x, y=y))
 
 
 @contextlib.contextmanager
 def compilations():
-    """Give a list that grows by one whenever XLA compiles something."""
+    """Yield a list that grows by one whenever XLA compiles something."""
     compiled = []
 
     def listen(event, duration, **kwargs):
@@ -264,17 +264,17 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@every_door
-def test_inside_jit_it_is_the_same_number(problem, door):
+@every_function
+def test_inside_jit_it_is_the_same_number(problem, function):
     params, data, _ = problem
-    compiled = jax.jit(lambda params, data: door(network_loss, params, *data))(params, data)
-    outside = door(network_loss, params, *data)
+    compiled = jax.jit(lambda params, data: function(network_loss, params, *data))(params, data)
+    outside = function(network_loss, params, *data)
     for x, y in zip(jax.tree.leaves(compiled), jax.tree.leaves(outside), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("door", "number"),
+    ("function", "number"),
     [
         (sharpness, "num_matvecs"),
         (spectral_density, "num_matvecs"),
@@ -282,11 +282,11 @@ def test_inside_jit_it_is_the_same_number(problem, door):
         (trace, "num_probes"),
     ],
 )
-def test_the_hessian_is_compiled_once_however_many_products(problem, door, number):
+def test_the_hessian_is_compiled_once_however_many_products(problem, function, number):
     params, data, _ = problem
 
     def products(count):
-        inside = jax.jit(lambda p, d: door(network_loss, p, *d, **{number: count}))
+        inside = jax.jit(lambda p, d: function(network_loss, p, *d, **{number: count}))
         return inside.lower(params, data).as_text().count("dot_general")
 
     assert products(3) == products(20) > 0
@@ -322,23 +322,23 @@ def test_a_loss_that_is_not_finite_shows():
     assert jnp.isnan(found)
 
 
-@every_door
-def test_parameters_that_are_not_floating_are_refused(door):
+@every_function
+def test_parameters_that_are_not_floating_are_refused(function):
     loss = lambda p: jnp.sum(p["w"] ** 2)
     with pytest.raises(TypeError, match=r"int64 at params\['step'\]; pass it to value_fn"):
-        door(loss, {"w": jnp.ones(3), "step": jnp.zeros((), dtype=int)})
+        function(loss, {"w": jnp.ones(3), "step": jnp.zeros((), dtype=int)})
     with pytest.raises(ValueError, match="at least one array"):
-        door(loss, {})
+        function(loss, {})
     with pytest.raises(ValueError, match=r"value_fn must return a scalar, got shape \(3,\)"):
-        door(lambda w: w**2, jnp.ones(3))
+        function(lambda w: w**2, jnp.ones(3))
     with pytest.raises(TypeError, match="key must be a JAX random key, got 7"):
-        door(lambda w: jnp.sum(w**2), jnp.ones(3), key=7)
+        function(lambda w: jnp.sum(w**2), jnp.ones(3), key=7)
     with pytest.raises(ValueError, match=r"inverse_sqrt\(v\) must have the shapes of params"):
-        door(lambda w: jnp.sum(w**2), jnp.ones(3), inverse_sqrt=lambda v: v[:2])
+        function(lambda w: jnp.sum(w**2), jnp.ones(3), inverse_sqrt=lambda v: v[:2])
 
 
 @pytest.mark.parametrize(
-    ("door", "options", "message"),
+    ("function", "options", "message"),
     [
         (sharpness, {"which": "both"}, "which must be 'largest' or 'smallest', got 'both'"),
         (top_eigenvalues, {"which": "all"}, "which must be .* got 'all'"),
@@ -357,9 +357,9 @@ def test_parameters_that_are_not_floating_are_refused(door):
         (sharpness, {"inverse_sqrt": -1.0}, "inverse_sqrt must be a finite number > 0"),
     ],
 )
-def test_bad_arguments_are_named(door, options, message):
+def test_bad_arguments_are_named(function, options, message):
     with pytest.raises(ValueError, match=message):
-        door(lambda w: jnp.sum(w**2), jnp.ones(3), **options)
+        function(lambda w: jnp.sum(w**2), jnp.ones(3), **options)
 
 
 def test_a_value_fn_that_cannot_be_cached_is_refused():

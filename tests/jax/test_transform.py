@@ -36,7 +36,7 @@ def test_the_same_loop_runs_with_optax_and_with_ours(search):
 
 
 def test_backtracking_takes_the_steps_of_optax():
-    """With the same constants and no allowance for rounding the rules are the same."""
+    """The rules agree if the constants do and no rounding is allowed for."""
     loss, params, batch = factors()
     search = linesearch.backtracking(max_step_size=1.0, value_rtol=0.0)
     theirs = optax.scale_by_backtracking_linesearch(50)
@@ -118,7 +118,7 @@ def test_mapping_over_sigma_equals_separate_runs():
 
 
 def observed(loss):
-    """Return `loss` as an objective that notes the ``step`` at which it is evaluated."""
+    """Return `loss` as an objective that records the ``step`` in which it is evaluated."""
     seen = set()
 
     def value_fn(params, batch, step):
@@ -160,7 +160,7 @@ def test_curvature_is_measured_every_so_many_steps_and_held_between(every):
 
 
 def products(traced):
-    """Return the number of matrix products outside of conditions, and in each branch of them."""
+    """Return the number of matrix products outside of conditions, and in each of their branches."""
     outside, branches = 0, []
     for equation in getattr(getattr(traced, "jaxpr", traced), "eqns", ()):
         if equation.primitive.name == "cond":
@@ -175,10 +175,10 @@ def products(traced):
 
 
 @pytest.mark.parametrize("method", ["forward", "hvp", "finite_difference"])
-def test_a_step_without_a_measurement_computes_none_of_it(method):
-    """All of it is in one branch of a condition, in the compiled program too.
+def test_a_step_without_a_measurement_does_not_compute_one(method):
+    """The measurement is in one branch of a condition, in the compiled program too.
 
-    Under jax.vmap the condition differs between the runs: both branches are computed.
+    Under jax.vmap the condition differs between the runs, so both branches are computed.
     """
     loss, params, _, _ = quadratic()
     solver = scale_by_cdat(every=3, curvature=method)
@@ -199,7 +199,7 @@ def test_a_step_without_a_measurement_computes_none_of_it(method):
     assert outside >= 4
 
 
-def test_curvature_is_measured_at_once_after_a_skip():
+def test_curvature_is_measured_in_the_step_after_a_skip():
     solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0, every=4))
     scales = np.ones(12)
     scales[[2, 7]] = np.nan
@@ -244,7 +244,7 @@ def test_scheduled_tuner_is_plain_optax():
 
 
 def test_backtracking_equals_the_core_search_driven_by_hand():
-    """And the Armijo condition holds where it stops."""
+    """The accepted step also meets the Armijo condition."""
     loss, params, hessian, minimiser = quadratic()
     search = linesearch.backtracking(initial_step_size=8.0, decrease_factor=0.7)
     solver = optax.chain(optax.sgd(1.0), scale_by_tuner(search))

@@ -1,4 +1,4 @@
-"""The wrapper around a base optimizer, and what importing the package says and loads."""
+"""The wrapper around a base optimizer, and the names and imports of the package."""
 
 import inspect
 import subprocess
@@ -77,7 +77,7 @@ def test_multiplier_keeps_the_dtype_of_the_updates():
 
 
 def test_schedule_follows_the_steps_taken_and_skips_do_not_count():
-    """On a quadratic with sigma = 1 an unscaled step ends at the minimum, so each factor shows."""
+    """With sigma = 1 an unscaled step ends at the minimum of a quadratic, so each factor shows."""
     factors_of_schedule = jnp.asarray([0.5, 0.25, 0.75, 0.125])
     solver = cdat(optax.sgd(1.0), sigma=1.0, learning_rate=lambda step: factors_of_schedule[step])
     step = stepper(solver, lambda w, scale: scale * jnp.sum(w**2))

@@ -1,9 +1,9 @@
-"""Four devices of the host and float64 for every test of this folder."""
+"""Four host devices and float64 for every test of this folder."""
 
 import os
 
-# XLA runs the devices of a host on a pool of threads, as many as cores; where those are fewer than
-# programs in flight, each waiting for the others in a collective, it would hang.
+# XLA runs host devices on a pool with one thread per core. With fewer threads than programs in
+# flight, which wait for each other in a collective, it would hang.
 os.environ["NPROC"] = "16"
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)  # time goes into compilation
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time is spent compiling
 
 
 @pytest.fixture

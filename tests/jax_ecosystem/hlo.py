@@ -13,8 +13,8 @@ SHAPE = re.compile(r"\w+\[(?P<sizes>[\d,]*)\]")
 def collectives(program):
     """Return a Counter of (name, sizes) over the results of all collectives in an HLO text.
 
-    XLA sends several arrays in one operation where it can; each of them counts. It also transposes
-    them at will, so the sizes are sorted.
+    XLA may send several arrays in one operation; each of them counts. It may also transpose them,
+    so the sizes are sorted.
     """
     found = Counter()
     for operation in COLLECTIVE.finditer(program):
@@ -30,5 +30,5 @@ def operations(program, name):
 
 
 def outside_of_branches(program):
-    """Return the part of an HLO text that always runs, without the branches of conditionals."""
+    """Return the part of an HLO text that always runs: without the branches of conditionals."""
     return program[program.index("\nENTRY ") :]

@@ -1,4 +1,4 @@
-"""A classifier on four devices, and what several test modules do with it."""
+"""A classifier on four devices, and helpers that several test modules share."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def replicated(leaf):
 
 
 def fully_sharded(leaf):
-    """Matrices in rows over the devices; vectors are too small to be worth it."""
+    """Shard matrices by rows; vectors are too small to be worth it."""
     return P("data") if leaf.ndim > 1 else P()
 
 

@@ -1,5 +1,8 @@
 """Checkpoints by Orbax and by Flax: a run resumes bit for bit, also on fewer devices."""
 
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -7,6 +10,7 @@ import pytest
 from flax import serialization
 from jax.sharding import AxisType
 
+from cdat_jax import ScaleByTunerState, StepInfo
 from tests.jax.problems import same
 from tests.jax_ecosystem.problems import (
     STATEFUL,
@@ -56,7 +60,7 @@ def test_a_resumed_run_is_the_unbroken_one(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["cdat, every third step", "zoom"])
 def test_a_run_on_four_devices_resumes_on_fewer(mesh, name, tmp_path):
-    """The numbers are the same bits; the steps are those after moving the arrays themselves."""
+    """The restored bits are equal, and so are the steps after moving the arrays directly."""
     solver = STATEFUL[name]()
     step = jax.jit(train_step(solver))
     params, state, data = begin(solver, mesh, fully_sharded)
@@ -77,3 +81,69 @@ def test_a_run_on_four_devices_resumes_on_fewer(mesh, name, tmp_path):
         assert same(end, run(step, *moved, data, 3))
         for one, other in zip(*map(jax.tree.leaves, (end, unbroken)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+class OldInfo(NamedTuple):
+    value: Any
+    slope: Any
+    curvature: Any
+    skipped: Any
+    sharpness: Any
+
+
+class OldState(NamedTuple):
+    learning_rate: Any
+    tuner_state: Any
+    info: OldInfo
+    until_refresh: Any
+    sharpness_vector: Any
+
+
+def map_states(function, tree):
+    """Apply `function` to each state of a tuner in `tree`."""
+    is_state = lambda node: isinstance(node, OldState | ScaleByTunerState)
+    return jax.tree.map(
+        lambda node: function(node) if is_state(node) else node, tree, is_leaf=is_state
+    )
+
+
+def old_layout(state):
+    info = OldInfo(*(getattr(state.info, name) for name in OldInfo._fields))
+    return OldState(state.learning_rate, info=info, **without_info(state))
+
+
+def new_layout(state):
+    info = StepInfo(**state.info._asdict(), learning_rate=state.learning_rate)
+    return ScaleByTunerState(info=info, **without_info(state))
+
+
+def without_info(state):
+    names = ("tuner_state", "until_refresh", "sharpness_vector")
+    return {name: getattr(state, name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["cdat", "zoom"])
+def test_a_checkpoint_in_the_old_layout_can_be_restored(name, tmp_path):
+    """By the recipe of the documentation; the rate was a field beside the info."""
+    solver = STATEFUL[name]()
+    half = run(jax.jit(train_step(solver)), start(), solver.init(start()), batch(), 2)[:2]
+    fresh = start(), solver.init(start())
+    for through in (through_orbax, through_flax):
+        restored = through(map_states(old_layout, half), map_states(old_layout, fresh), tmp_path)
+        assert same(map_states(new_layout, restored), half)
+
+
+def test_a_run_resumes_from_a_checkpoint_of_an_older_version():
+    """Written by Flax after five steps, before the info of a step became `StepInfo`."""
+    solver = STATEFUL["cdat"]()
+    fresh = start(), solver.init(start())
+    stored = (Path(__file__).parent / "data" / "before_step_info.msgpack").read_bytes()
+    restored = serialization.from_bytes(map_states(old_layout, fresh), stored)
+    restored = map_states(new_layout, restored)
+    assert jax.tree.structure(restored) == jax.tree.structure(fresh)
+    step, data = jax.jit(train_step(solver)), batch()
+    expected = run(step, *fresh, data, 5)[:2]
+    further = run(step, *restored, data, 3), run(step, *expected, data, 3)
+    for pair in ((restored, expected), further):
+        for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Modules of Equinox: their arrays are the parameters, and everything else is fixed."""
+"""Equinox modules: their floating arrays are the parameters, and everything else is fixed."""
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ class Network(eqx.Module):
     first: eqx.nn.Linear
     dropout: eqx.nn.Dropout
     last: eqx.nn.Linear
-    power: int  # an integer array would be no parameter either
+    power: int  # not a parameter, nor is the integer array
     offset: jax.Array
 
     def __init__(self, key):
@@ -77,7 +77,7 @@ def test_curvature_is_that_of_the_dense_hessian_under_the_same_mask(curvature):
     ],
     ids=["cdat", "backtracking"],
 )
-def test_a_module_trains_and_keeps_what_is_no_parameter(build):
+def test_a_module_trains_and_its_other_fields_do_not_change(build):
     model = eqx.nn.inference_mode(Network(jax.random.key(0)))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     solver, key = build(), jax.random.key(1)

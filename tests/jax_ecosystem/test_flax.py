@@ -1,4 +1,4 @@
-"""Networks with BatchNorm and Dropout in Flax, by its two interfaces."""
+"""Networks with BatchNorm and Dropout in Flax Linen and NNX."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Nnx(nnx.Module):
         return self.last(self.dropout(jnp.tanh(self.norm(self.first(inputs)))))[:, 0]
 
 
-def test_linen_measures_the_loss_of_the_step_and_moves_the_statistics_once():
+def test_linen_measures_the_loss_of_the_step_and_updates_the_statistics_once():
     model = Linen()
     variables = model.init(jax.random.key(0), x, train=False)
     params, statistics = variables["params"], variables["batch_stats"]
@@ -112,8 +112,8 @@ def nnx_parts():
     return graph, params, jax.tree.map(wide, rest)
 
 
-def test_nnx_measures_the_loss_of_the_step_and_moves_the_statistics_once():
-    """`rest` holds statistics and keys; the loss works on a copy, and one call returns it moved."""
+def test_nnx_measures_the_loss_of_the_step_and_updates_the_statistics_once():
+    """`rest` has statistics and keys; the loss works on a copy, and one call returns new ones."""
     graph, params, rest = nnx_parts()
     optimizer = solver()
 
@@ -139,7 +139,7 @@ def test_nnx_measures_the_loss_of_the_step_and_moves_the_statistics_once():
     np.testing.assert_allclose([info.slope, info.curvature], expected, rtol=1e-7)
     assert same(nnx.to_pure_dict(rest["norm"]), nnx.to_pure_dict(kept["norm"]))
     _, other = expected_measurement(lambda p: value_fn(p, moved), params)
-    assert abs(other - expected[1]) > 1e-2 * abs(expected[1])  # the next mask is another
+    assert abs(other - expected[1]) > 1e-2 * abs(expected[1])  # the next mask differs
 
     z = x @ np.asarray(params["first"]["kernel"]) + np.asarray(params["first"]["bias"])
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Two processes with two devices each, joined by ``jax.distributed``, take the steps of one."""
+"""Two processes of two devices, joined by ``jax.distributed``, take the steps of one device."""
 
 import os
 import socket
@@ -58,7 +58,7 @@ def flat(tree):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Return the numbers that each of the two processes ended with, by solver and layout."""
+    """Return the final numbers of each of the two processes, by solver and layout."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Steps under ``jax.shard_map``: the mean over devices inside the loss, and what else happens."""
+"""Steps under ``jax.shard_map``: the mean over devices inside the loss, or elsewhere."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def first_step(solver, step):
 
 
 def averaged_too_late(solver):
-    """Return the step that averages loss and gradient, but hands the local loss to the tuner."""
+    """Return a step that averages loss and gradient, but passes the local loss to the tuner."""
 
     def loss_of_the_shard(params, x, y):
         return loss_fn(params, x, y)
@@ -60,7 +60,7 @@ def test_the_mean_inside_of_the_loss_gives_the_steps_of_the_whole_batch(mesh, na
     ],
 )
 def test_a_mean_after_the_loss_is_refused(mesh, name, error, message):
-    """The curvature and the trials would be those of each device's own shard."""
+    """Curvature and trials would belong to the shard of each device."""
     solver = SOLVERS[name]()
     step = averaged_too_late(solver)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=DATA, out_specs=P())
@@ -69,7 +69,7 @@ def test_a_mean_after_the_loss_is_refused(mesh, name, error, message):
 
 
 def test_a_mean_after_the_gradient_is_a_sum(mesh):
-    """JAX has summed the gradient of replicated parameters already: "hvp" sees four losses."""
+    """JAX has already summed the gradient of replicated parameters: "hvp" gets four losses."""
     solver = SOLVERS["hvp"]()
     step = averaged_too_late(solver)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=DATA, out_specs=P())
@@ -80,7 +80,7 @@ def test_a_mean_after_the_gradient_is_a_sum(mesh):
 
 
 def test_without_the_check_of_shard_map_the_gradient_is_that_of_a_shard(mesh):
-    """``check_vma=False`` switches off what makes a gradient of the mean."""
+    """With ``check_vma=False`` the gradients of the devices are not averaged."""
     x, y = batch()
     step = lambda params, x, y: jax.grad(mean_loss)(params, x, y)
     specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}

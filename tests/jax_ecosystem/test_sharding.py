@@ -1,4 +1,4 @@
-"""Training on four devices: the numbers of one device, and what has to be communicated for them."""
+"""Training on four devices: the results of one device, and the communication they need."""
 
 import functools
 from collections import Counter
@@ -43,12 +43,12 @@ def program(name, mesh, layout):
 
 
 def sizes(name, leaves):
-    """Return what one collective for each of the leaves would be counted as."""
+    """Return the count of one collective for each of the leaves."""
     return Counter((name, tuple(sorted(leaf.shape))) for leaf in leaves)
 
 
 def beyond_the_base(name, mesh, layout):
-    """Return the collectives of a step that Adam at a fixed rate does not make."""
+    """Return the collectives of a step that Adam with a fixed rate does not need."""
     extra = collectives(program(name, mesh, layout))
     extra.subtract(collectives(program("adam", mesh, layout)))
     return +extra
@@ -81,7 +81,7 @@ SCALAR = ("all-reduce", ())
 
 @pytest.mark.parametrize("name", ["forward", "gauss-newton"])
 def test_data_parallel_measurements_add_one_scalar(mesh, name):
-    """In one operation more, because it depends on the gradient, which is reduced before."""
+    """In a second operation, because it depends on the reduced gradient."""
     assert beyond_the_base(name, mesh, replicated) == {SCALAR: 1}
     assert operations(program("adam", mesh, replicated), "all-reduce") == 1
     assert operations(program(name, mesh, replicated), "all-reduce") == 2
@@ -96,7 +96,7 @@ def test_data_parallel_trials_add_scalars_only(mesh, name, numbers):
     ("name", "passes"), [("forward", 2), ("gauss-newton", 2), ("backtracking", 2), ("zoom", 3)]
 )
 def test_fully_sharded_parameters_are_gathered_once_for_each_pass(mesh, name, passes):
-    """First for the gradient; then the direction, or in a search the trial point, in zoom both."""
+    """First for the gradient; then for the direction, the trial point, or (zoom) both."""
     leaves = jax.tree.leaves(start())
     gathered = sizes("all-gather", [leaf for leaf in leaves if leaf.ndim > 1])
     base = collectives(program("adam", mesh, fully_sharded))
@@ -107,8 +107,8 @@ def test_fully_sharded_parameters_are_gathered_once_for_each_pass(mesh, name, pa
 
 
 @layouts
-def test_hvp_reduces_up_to_two_further_gradients(mesh, layout):
-    """It differentiates each product of the backward pass, and XLA may reduce the terms apart."""
+def test_hvp_reduces_up_to_two_more_gradients(mesh, layout):
+    """It differentiates each product of the backward pass; XLA may reduce the terms separately."""
     extra = beyond_the_base("hvp", mesh, layout)
     for kind, count in sizes("all-reduce", jax.tree.leaves(start())).items():
         assert count <= extra.pop(kind) <= 2 * count
@@ -128,7 +128,7 @@ def test_steps_without_a_measurement_communicate_nothing_for_it(mesh, layout):
 
 
 def test_a_mesh_with_explicit_axes():
-    """The sharding is part of every type then; the loss gathers the parameters itself."""
+    """The sharding is then part of every type, and the loss gathers the parameters itself."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
 
     def gathering(params, x):
@@ -150,7 +150,7 @@ def test_a_mesh_with_explicit_axes():
 
 @layouts
 def test_scan_and_donation_on_four_devices(mesh, layout):
-    """Bit for bit the loop over steps, with the buffers of parameters and state given back."""
+    """Equal to the loop over steps bit for bit, with the buffers of parameters and state reused."""
     solver = SOLVERS["every"]()
     params, state, data = begin(solver, mesh, layout)
     step = train_step(solver)
@@ -169,7 +169,7 @@ def test_scan_and_donation_on_four_devices(mesh, layout):
 
 
 def test_seeds_and_sigmas_are_mapped_over_the_devices(mesh):
-    """Four runs at once, one on each device: no communication, and the numbers of single runs."""
+    """Four runs at once, one on each device, without communication, equal single runs."""
     x, y = batch()
     sigmas = jnp.array([0.5, 1.0, 1.5, 2.0])
 
