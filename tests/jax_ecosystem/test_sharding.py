@@ -119,7 +119,7 @@ def test_hvp_reduces_up_to_two_more_gradients(mesh, layout):
 
 @layouts
 def test_steps_without_a_measurement_communicate_nothing_for_it(mesh, layout):
-    """But <g, g> of sharded leaves, to see that it is finite."""
+    """Except one scalar for each sharded leaf, to check that <g, u> is finite."""
     always = collectives(outside_of_branches(program("every", mesh, layout)))
     always.subtract(collectives(program("adam", mesh, layout)))
     assert +always == {}
