@@ -226,7 +226,7 @@ CONTENDERS: dict[str, Contender] = {
     "Adam, `fused=True`": Contender(adam(fused=True)),
     "CDAT": Contender(cdat()),
     "CDAT, `every=10`": Contender(cdat(every=PERIOD), PERIOD),
-    "CDAT, `hessian`": Contender(cdat(curvature="hvp")),
+    "CDAT, `hvp`": Contender(cdat(curvature="hvp")),
     "CDAT, `finite_difference`": Contender(cdat(curvature="finite_difference")),
     "CDAT, `gauss_newton`": Contender(cdat(curvature="gauss_newton", composite=True)),
     "CDAT by curvlinops' Hessian product": Contender(with_curvature(by_curvlinops)),
