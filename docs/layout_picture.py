@@ -84,7 +84,7 @@ def reduced(edges: Edges) -> Edges:
 
 
 def rows_of(boxes: set[str], edges: Edges) -> list[list[str]]:
-    """Put each box in a row below all boxes that import it."""
+    """Put each box in a row below all that import it, and boxes that import no other at the end."""
     level = dict.fromkeys(boxes, 0)
     for _ in range(len(boxes) + 1):
         late = [(a, b) for a, b in edges if level[b] <= level[a]]
@@ -96,9 +96,11 @@ def rows_of(boxes: set[str], edges: Edges) -> list[list[str]]:
         circle = ", ".join(sorted({box for edge in late for box in edge}))
         msg = f"the imports go in a circle among {circle}"
         raise SystemExit(msg)
-    rows: list[list[str]] = [[] for _ in range(max(level.values()) + 1)]
+    lowest = max(level.values())
+    rows: list[list[str]] = [[] for _ in range(lowest + 1)]
     for box in sorted(boxes):
-        rows[level[box]].append(box)
+        imports_another = any(source == box for source, _ in edges)
+        rows[level[box] if imports_another else lowest].append(box)
     return rows
 
 
@@ -176,10 +178,12 @@ def draw_opened(boxes: set[str], edges: Edges, left: float, top: float) -> tuple
     untangle(rows, paths)
     across, down = {}, {}
     for index, row in enumerate(rows):
-        x = left + (INSIDE - sum(map(box_width, row)) - GAP * (len(row) - 1)) / 2
+        boxes_width = sum(map(box_width, row))
+        gap = min(GAP, (INSIDE - 2 * MARGIN - boxes_width) / max(len(row) - 1, 1))
+        x = left + (INSIDE - boxes_width - gap * (len(row) - 1)) / 2
         for box in row:
             across[box], down[box] = round(x + box_width(box) / 2), top + index * ROW
-            x += box_width(box) + GAP
+            x += box_width(box) + gap
     drawn = []
     for path in paths:
         ends = {path[0]: ROOM_HEIGHT, path[-1]: -7}
