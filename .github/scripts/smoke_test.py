@@ -41,7 +41,7 @@ def jax() -> None:
     def loss_fn(w):
         return ((jnp.sin(w) - 0.5) ** 2).mean()
 
-    solver = cdat_jax.cdat(optax.adam(1.0), initial_learning_rate=1e-3)
+    solver = cdat_jax.cdat(optax.adam(1.0), initial_learning_rate=1e-3, max_growth=1.1)
     params = jnp.linspace(-1.0, 1.0, 5)
     first, state = loss_fn(params), solver.init(params)
     for _ in range(10):
@@ -60,7 +60,8 @@ def torch() -> None:
     import cdat_torch
 
     weights = torch.linspace(-1.0, 1.0, 5, requires_grad=True)
-    optimizer = cdat_torch.CDAT(torch.optim.Adam([weights]), initial_learning_rate=1e-3)
+    adam = torch.optim.Adam([weights])
+    optimizer = cdat_torch.CDAT(adam, initial_learning_rate=1e-3, max_growth=1.1)
 
     def closure():
         return ((weights.sin() - 0.5) ** 2).mean()
