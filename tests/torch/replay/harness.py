@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay import Recording, graph, recording
-from cdat_torch.curvature.replay.registry import Node, Rule, the_adjoint
+from cdat_torch.curvature.replay.registry import Node, OperationRule, needs_adjoint
 from cdat_torch.kernels import nodes
 
 Loss = Callable[..., Tensor]
@@ -36,7 +36,7 @@ class Case:
     label : str
         What this call is about.
     falls_back : bool
-        Whether the rule leaves the call to the fallback, in some of the variants at least.
+        Whether the rule leaves the call to double backward, in some of the variants at least.
     """
 
     node: str
@@ -216,16 +216,16 @@ class _Everything(set[Any]):
 
 @contextmanager
 def unverified(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Give the names of the nodes that go to the fallback, which then verifies no rule."""
+    """Give the names of the nodes that go to double backward, which then verifies no rule."""
     asked: list[str] = []
-    push = recording.fallback.push
+    apply = recording.double_backward.apply
 
     def noted(node: Node, *tangents: Tensor | None) -> Any:
         asked.append(node.name)
-        return push(node, *tangents)
+        return apply(node, *tangents)
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "_VERIFIED", _Everything())
-        patch.setattr(recording.fallback, "push", noted)
-        patch.setattr(graph, "FALLBACK", Rule(noted, the_adjoint))
+        patch.setattr(recording.double_backward, "apply", noted)
+        patch.setattr(graph, "DOUBLE_BACKWARD", OperationRule(noted, needs_adjoint))
         yield asked

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdat_torch import CDAT, measure
-from cdat_torch.curvature.replay import Recording, Unsupported, fallback, recording
-from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay import Recording, Unsupported, double_backward, recording
+from cdat_torch.curvature.replay.registry import (
+    OPERATION_RULES,
+    Node,
+    OperationRule,
+    Pushforward,
+    needs_adjoint,
+)
 from tests.torch.models import mlp, parameters, random_like
 from tests.torch.replay.harness import replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, network
@@ -204,25 +210,25 @@ def test_ctrl_c_in_backward_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt), watched.watching():
         interrupted()
     for node in watched._graph.nodes:
-        node.detached()
+        node.release()
     torch.autograd.grad(loss, params, retain_graph=True)
     assert all(node.adjoints == () for node in watched._graph.nodes)
 
 
-@pytest.mark.parametrize("where", ["rule", "fallback"])
+@pytest.mark.parametrize("where", ["rule", "double_backward"])
 def test_ctrl_c_in_the_sweep_leaves_no_hooks(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     loss = torch.lerp(a.sin(), b.cos(), 0.3).square().sum()
     expected = torch.autograd.grad(loss, [a, b], retain_graph=True)
 
-    def interrupt(*args: object) -> Pushed:
+    def interrupt(*args: object) -> Pushforward:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         if where == "rule":
-            patch.setitem(RULES, "PowBackward0", Rule(interrupt, the_adjoint))
+            patch.setitem(OPERATION_RULES, "PowBackward0", OperationRule(interrupt, needs_adjoint))
         else:
-            patch.setattr(fallback, "_derived", interrupt)
+            patch.setattr(double_backward, "_differentiate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             replay(loss, [a, b], [a.detach(), b.detach()])
     watched = Recording(loss, [a, b])

@@ -14,7 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cdat_torch import CDAT, measure
 from cdat_torch.curvature.replay import Mismatch, Recording, Unsupported, recording
-from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay.registry import (
+    OPERATION_RULES,
+    Node,
+    OperationRule,
+    Pushforward,
+    needs_adjoint,
+)
 from tests.torch.models import parameters, random_like
 from tests.torch.replay.harness import assert_exact, differences, replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, double_backward, network
@@ -62,26 +68,28 @@ def test_double_backward_takes_over_for_an_unknown_operation(
         measure(closure_of(model), parameters(model), u, curvature="replay")
 
 
-def _wrong_tangent(node: Node, dx: Tensor) -> Pushed:
-    return RIGHT.push(node, dx)._replace(tangents=1.5 * node.vjp(dx)[0])
+def _wrong_tangent(node: Node, dx: Tensor) -> Pushforward:
+    return RIGHT.apply(node, dx)._replace(tangents=1.5 * node.vjp(dx)[0])
 
 
-def _wrong_second(node: Node, dx: Tensor) -> Pushed:
-    right = RIGHT.push(node, dx)
-    return right._replace(second=1.01 * right.second)
+def _wrong_second(node: Node, dx: Tensor) -> Pushforward:
+    right = RIGHT.apply(node, dx)
+    return right._replace(second_order=1.01 * right.second_order)
 
 
-def _raises(node: Node, dx: Tensor) -> Pushed:
-    return Pushed(node.saved("a tensor that PyTorch has renamed"))
+def _raises(node: Node, dx: Tensor) -> Pushforward:
+    return Pushforward(node.saved("a tensor that PyTorch has renamed"))
 
 
-RIGHT = RULES["TanhBackward0"]
+RIGHT = OPERATION_RULES["TanhBackward0"]
 WRONG = {"tangent": _wrong_tangent, "second order": _wrong_second, "raises": _raises}
 
 
 @pytest.fixture(params=WRONG)
 def wrong_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "TanhBackward0", Rule(WRONG[request.param], the_adjoint))
+    monkeypatch.setitem(
+        OPERATION_RULES, "TanhBackward0", OperationRule(WRONG[request.param], needs_adjoint)
+    )
 
 
 @pytest.mark.usefixtures("wrong_rule")
@@ -101,7 +109,9 @@ def test_a_wrong_tangent_is_noticed_in_a_graph_that_was_verified(
     model = network()
     u = random_like(parameters(model))
     measure(closure_of(model), parameters(model), u, curvature="replay")
-    monkeypatch.setitem(RULES, "TanhBackward0", Rule(_wrong_tangent, the_adjoint))
+    monkeypatch.setitem(
+        OPERATION_RULES, "TanhBackward0", OperationRule(_wrong_tangent, needs_adjoint)
+    )
     with pytest.raises(Mismatch, match="the replayed slope is"):
         measure(closure_of(model), parameters(model), u, curvature="replay")
 

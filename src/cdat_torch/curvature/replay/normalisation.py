@@ -16,14 +16,21 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay.arithmetic import HALF, dot
-from cdat_torch.curvature.replay.registry import Active, Needs, Node, Pushed, Tangent, rule
+from cdat_torch.curvature.replay.registry import (
+    Active,
+    Needs,
+    Node,
+    Pushforward,
+    Tangent,
+    nonlinear,
+)
 
 _ATEN = torch.ops.aten
 
 
-@rule("NativeLayerNormBackward0")
-def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """Each of the last dimensions together, as rows of a matrix."""
+@nonlinear("NativeLayerNormBackward0")
+def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """The last dimensions are normalised together; they are the rows of a matrix here."""
     mean, r = (node.saved(name).reshape(-1, 1) for name in ("result1", "result2"))
     width, precision = math.prod(node.saved("normalized_shape")), mean.dtype
     weights = (node.saved("weight"), dw, db)  # statistics of half precision are single
@@ -47,7 +54,7 @@ def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         moved = moved if w is None else moved.mul_(w)
         y = moved if y is None else y + moved
     y = torch.zeros_like(x) if y is None else y
-    return Pushed([y.view(node.shape()).to(node.metadata().dtype), None, None], second)
+    return Pushforward([y.view(node.shape()).to(node.metadata().dtype), None, None], second)
 
 
 def _along_rows(
@@ -79,13 +86,13 @@ def _along_rows(
 
 
 def _weighted(t: Tensor, w: Tangent) -> Tensor:
-    """Return the sums of rows, weighted."""
+    """Return the weighted sum of each row."""
     return t.sum(1) if w is None else t @ w
 
 
-@rule("NativeGroupNormBackward0")
-def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """The channels of a group together."""
+@nonlinear("NativeGroupNormBackward0")
+def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """The channels of a group are normalised together."""
     x = node.saved("input")
     groups, size, channels = node.saved("group"), x.shape[0], x.shape[1]
     precision = node.saved("result1").dtype  # single for half precision
@@ -110,7 +117,7 @@ def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     y, mixed = _affine(
         node, normal.view_as(x), moved, weight, by_channel(dw), by_channel(db), adjoint
     )
-    return Pushed([y, None, None], _total(second, mixed))
+    return Pushforward([y, None, None], _total(second, mixed))
 
 
 def _affine(
@@ -142,9 +149,9 @@ def _total(*terms: Tensor | None) -> Tensor | None:
 
 
 def _batch_norm_needs(node: Node, active: Active) -> Needs:
-    """Need the gradients of x and w, from which the sums with the adjoint follow unless w is 0.
+    """Need the gradients of x and w: unless w is 0, all sums with the adjoint follow from them.
 
-    The gradient of x is in memory as the adjoint of the convolution before, as a rule.
+    The gradient of x usually is in memory anyway, as the adjoint of a convolution's output.
     """
     x, w = active[:2]
     if not x:
@@ -160,11 +167,12 @@ def _batch_norm_needs(node: Node, active: Active) -> Needs:
     return Needs(gradients=(0, 1))
 
 
-@rule("NativeBatchNormBackward0", needs=_batch_norm_needs)
-def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """Each channel over the batch; in evaluation mean and deviation are constants.
+@nonlinear("NativeBatchNormBackward0", needs=_batch_norm_needs)
+def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """Each channel is normalised over the batch; in evaluation mode r and the mean are constants.
 
-    Four calls of backward's kernel give all sums over the batch without a temporary of its size.
+    Four calls of backward's kernel give all sums over the batch without temporary memory of its
+    size.
     """
     x, weight = node.saved("input"), node.saved("weight")
     shape = (1, -1) + (1,) * (x.dim() - 2)
@@ -174,7 +182,7 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         moved = None if dx is None else dx * r
         w, dw, db = (None if v is None else v.view(shape) for v in (weight, dw, db))
         affine, mixed = _affine(node, (x - mean) * r, moved, w, dw, db, node.adjoint)
-        return Pushed([affine, None, None], mixed)
+        return Pushforward([affine, None, None], mixed)
     mean, r = node.saved("result1"), node.saved("result2")
     y: Tangent = None
     second: Tangent = None
@@ -187,7 +195,7 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         y = torch.addcmul(offset, x, scale) if y is None else y.addcmul_(x, scale).add_(offset)
     elif db is not None:
         y = db.view(shape).expand_as(x) if y is None else y.add_(db.view(shape))
-    return Pushed([None if y is None else y.to(x.dtype), None, None], second)
+    return Pushforward([None if y is None else y.to(x.dtype), None, None], second)
 
 
 def _batch_moments(
@@ -211,8 +219,8 @@ def _batch_moments(
     else:
         # backward computed g_x = r w (adjoint - mean - x^ <adjoint, x^> / number)
         assert weight is not None
-        gradient = node.unchanged(1)
-        with_adjoint = _centred(node.unchanged(0).contiguous(), dx, mean_dx) / (r * weight)
+        gradient = node.required_gradient(1)
+        with_adjoint = _centred(node.required_gradient(0).contiguous(), dx, mean_dx) / (r * weight)
         with_adjoint = with_adjoint + gradient * with_normal / number
     q = -r * with_normal / number
     ratio = 3 * q * q - r * r * squares
@@ -225,7 +233,7 @@ def _batch_moments(
 
 
 def _centred(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
-    """Return <a, b - mean> for each channel, by the kernel that sums so for backward."""
+    """Return <a, b - mean> for each channel, by the kernel that computes such sums in backward."""
     one = torch.ones_like(mean)
     _, sums, _ = _ATEN.native_batch_norm_backward(
         a, b, None, None, None, mean, one, True, 0.0, [False, True, False]
@@ -233,19 +241,19 @@ def _centred(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
     return sums  # type: ignore[no-any-return]
 
 
-def _weight_norm_in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def _composed_weight_norm(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
     def normalised(v: Tensor, g: Tensor) -> Tensor:
         return v * (g / torch.norm_except_dim(v, 2, node.saved("dim")))
 
     return normalised, [node.saved("v"), node.saved("g")]
 
 
-@rule("WeightNormInterfaceBackward0", forward=_weight_norm_in_parts)
-def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
+@nonlinear("WeightNormInterfaceBackward0", reference=_composed_weight_norm)
+def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushforward:
     """W = g v / |v|, the norm over all dimensions but one.
 
     With n = |v| and e = v / n: n' = <e, v'>, e' = (v' - e n') / n, n'' = (|v'|^2 - n'^2) / n and
-    e'' = -(2 e' n' + e n'') / n. PyTorch's own second derivative takes n for a constant.
+    e'' = -(2 e' n' + e n'') / n. PyTorch's own second derivative treats n as a constant, wrongly.
     """
     v, g, n = node.saved("v"), node.saved("g"), node.saved("result1")
     kept = node.saved("dim") % v.dim()
@@ -256,7 +264,7 @@ def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
     e = v / n
     if dv is None:
         assert dg is not None
-        return Pushed([e * dg, None])
+        return Pushforward([e * dg, None])
     dn = (e * dv).sum(dims, keepdim=True)
     de = (dv - e * dn) / n
     ddn = ((dv * dv).sum(dims, keepdim=True) - dn * dn) / n
@@ -265,4 +273,4 @@ def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
     if dg is not None:
         y = y + e * dg
         second = second + 2 * de * dg
-    return Pushed([y, None], dot(node.adjoint, second))
+    return Pushforward([y, None], dot(node.adjoint, second))
