@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cdat_torch import CDAT, measure
+from cdat_torch import CDAT, measure, pytorch_internals
 from cdat_torch.curvature.replay import Mismatch, Recording, Unsupported, recording
 from cdat_torch.curvature.replay.registry import (
     OPERATION_RULES,
@@ -150,6 +150,44 @@ def test_double_backward_takes_over_from_a_wrong_rule_in_a_step(form: str) -> No
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
     assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("ignore:the autograd graph was not replayed exactly")
+@pytest.mark.parametrize("name", ["saved", "output_metadata"])
+@pytest.mark.parametrize("form", ["closure", "backward"])
+@pytest.mark.parametrize("middle", [nn.Tanh, lambda: nn.BatchNorm1d(7)], ids=["tanh", "norm"])
+def test_double_backward_takes_over_where_pytorch_lacks_a_private_name(
+    name: str, form: str, middle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is missed by the graph, by a hook of the backward pass, or by a rule."""
+
+    def missing(*args: Any) -> None:
+        msg = "no such name"
+        raise pytorch_internals.MissingInternal(msg)
+
+    monkeypatch.setattr(pytorch_internals, name, missing)
+    model = network(middle())
+    other = copy.deepcopy(model)
+    ours = CDAT(torch.optim.Adam(model.parameters()))
+    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hessian")
+    for _ in range(2):
+        found, wanted = step(model, ours, form), step(other, theirs, form)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    with pytest.raises(Unsupported, match="no such name"):
+        measure(closure_of(model), parameters(model), parameters(model), curvature="replay")
+
+
+def test_a_private_name_that_is_missing_is_named() -> None:
+    node = torch.ones(2, requires_grad=True).exp().grad_fn
+    with pytest.raises(pytorch_internals.MissingInternal, match="ExpBackward0 has no .*_saved_x"):
+        pytorch_internals.saved(node, "x")
+    with pytest.raises(pytorch_internals.MissingInternal, match="no attribute _input_metadata"):
+        pytorch_internals.output_metadata(NoMetadata())
+
+
+class NoMetadata:
+    def name(self) -> str:
+        return "Node"
 
 
 @pytest.mark.parametrize("change", [lambda g: g.mul_(0.1), lambda g: g.zero_()])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from cdat_torch import pytorch_internals
 from cdat_torch.curvature.replay.arithmetic import dot
 from cdat_torch.curvature.replay.registry import Edge, Node, Pushforward, Tangent
-from cdat_torch.pytorch_internals import output_metadata
 
 CHECKED = frozenset(
     f"{name}Backward0"
@@ -82,7 +82,7 @@ def apply_to(
 
 def _adjoints(node: Node) -> list[Tensor]:
     """Return the adjoints of all outputs as variables."""
-    outputs = range(len(output_metadata(node.autograd)))
+    outputs = range(len(pytorch_internals.output_metadata(node.autograd)))
     known = [node.adjoints[i] if i < len(node.adjoints) else None for i in outputs]
     return [
         (node.zeros(i) if adjoint is None else adjoint.detach()).requires_grad_()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdat_torch import pytorch_internals
 from cdat_torch.curvature.replay import double_backward
 from cdat_torch.curvature.replay.graph import DOUBLE_BACKWARD, Graph, rule_of
 from cdat_torch.curvature.replay.registry import (
@@ -18,7 +19,6 @@ from cdat_torch.curvature.replay.registry import (
     Tangent,
     Unsupported,
 )
-from cdat_torch.pytorch_internals import output_metadata
 
 
 class Mismatch(Unsupported):
@@ -43,7 +43,7 @@ def _verify(graph: Graph, node: Node, rule: OperationRule, tolerance: float) -> 
     tangents = _random_tangents(node, active)
     adjoints = tuple(
         _random(like, -1 - i) if graph.is_read((node.autograd, i)) else None
-        for i, like in enumerate(output_metadata(node.autograd))
+        for i, like in enumerate(pytorch_internals.output_metadata(node.autograd))
     )
     after = _after_backward(node, rule, rule.needs(node, active), adjoints)
     found = rule.apply(after, *tangents)
@@ -65,7 +65,7 @@ def _random(like: Any, seed: int) -> Tensor:
 def _random_tangents(node: Node, active: Sequence[bool]) -> list[Tangent]:
     """Return random tangents, the same one for an input that is read twice."""
     probes = {
-        edge: _random(output_metadata(edge[0])[edge[1]], i)
+        edge: _random(pytorch_internals.output_metadata(edge[0])[edge[1]], i)
         for i, (edge, moves) in enumerate(zip(node.edges, active, strict=True))
         if moves
     }
