@@ -267,7 +267,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    # the statistics of batch normalisation move, but do not count in training
+    # the running statistics of batch normalisation change, but are not used in training
     return lambda: F.cross_entropy(model(x), y)
 
 

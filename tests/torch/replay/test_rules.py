@@ -1,4 +1,4 @@
-"""Every rule, and every operation of double backward, against differences of gradients."""
+"""Every rule, and every operation left to double backward, against differences of gradients."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_slope_and_curvature_are_exact(case: Case, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_first_sweep_confirms_the_rule(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PyTorch computes for the operation must not look like a wrong rule."""
+    """The verification must not reject a right rule."""
     monkeypatch.setattr(recording, "_VERIFIED", set())
     for variant in variants(case):
         loss, params = problem(case, variant)
@@ -92,7 +92,7 @@ def test_any_two_shapes_that_broadcast(op, sides, dropped) -> None:  # type: ign
 
 @pytest.mark.parametrize("row", [2, -1])
 def test_the_padding_row_of_an_embedding_is_a_constant(row: int) -> None:
-    """As for double backward: the gradient with respect to that row is left out."""
+    """As for double backward: that row has no gradient."""
     rows = torch.tensor([[2, 0, 2], [1, 4, 4]])
     padding = torch.zeros(5, 1, dtype=torch.bool)
     padding[row] = True
@@ -159,7 +159,7 @@ def test_arguments_that_a_rule_leaves_out_are_named(function, operation) -> None
     ],
 )  # fmt: skip
 def test_kinks_are_those_of_double_backward(function) -> None:  # type: ignore[no-untyped-def]
-    """Inputs of 0 behind a ReLU are no rare event."""
+    """Inputs of exactly 0 are common behind a ReLU."""
     x = torch.tensor([-6.0, -3, -1, 0, 0, 1, 1, 3, 6, 20], dtype=torch.float64, requires_grad=True)
     u = torch.randn_like(x)
     loss = lambda: (function(x) * x).square().sum()

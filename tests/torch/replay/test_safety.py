@@ -1,4 +1,4 @@
-"""What happens where the graph cannot be replayed, or is not replayed exactly."""
+"""Graphs that cannot be replayed, or are not replayed exactly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cube(torch.autograd.Function):
-    """An operation that no rule knows, with a second derivative."""
+    """An operation without a rule, but with a second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def test_double_backward_takes_over_from_a_wrong_rule_in_a_step(form: str) -> No
 def test_double_backward_takes_over_where_pytorch_lacks_a_private_name(
     name: str, form: str, middle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it is missed by the graph, by a hook of the backward pass, or by a rule."""
+    """The graph, a hook of the backward pass or a rule finds out."""
 
     def missing(*args: Any) -> None:
         msg = "no such name"
@@ -192,7 +192,7 @@ class NoMetadata:
 
 @pytest.mark.parametrize("change", [lambda g: g.mul_(0.1), lambda g: g.zero_()])
 def test_gradients_that_are_changed_in_place_do_no_harm(change) -> None:  # type: ignore[no-untyped-def]
-    """Clipping reaches the tensors that backward has returned."""
+    """Clipping changes the tensors that backward has returned."""
     model = nn.Sequential(
         nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 2), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(),
         nn.Linear(16, 5), nn.LayerNorm(5), nn.Softmax(-1), nn.Linear(5, 3),
@@ -268,7 +268,7 @@ class Checkpointed(nn.Module):
 def test_activation_checkpoints_are_left_to_double_backward(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Outside of a backward pass the segment runs again for each tensor that is read."""
+    """Outside of a backward pass the segment would run again for each tensor that is read."""
     middle = Checkpointed()
     model = network(middle)
     u = random_like(parameters(model))
@@ -300,14 +300,14 @@ def test_other_hooks_on_saved_tensors_are_no_obstacle() -> None:
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """Let a test compile; the others find a process that has compiled nothing."""
+    """Reset the compiler, so that other tests run in a process that has compiled nothing."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore")  # of the compiler, which sees Python of its own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
 def test_compiled_modules_are_replayed_uncompiled() -> None:
     model = network(nn.BatchNorm1d(7))
     compiled = torch.compile(model, backend="aot_eager")

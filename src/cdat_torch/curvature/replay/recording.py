@@ -115,18 +115,17 @@ class Recording:
         replayed, curvature = self.sweep(direction, known)
         each = torch.stack([term.to(replayed) for term in terms])
         slope = each.sum()
-        difference = (replayed - slope).abs()
-        if not bool(difference <= self._tolerance * each.abs().sum()):
-            self._compare_lengths(replayed, slope, grads, u)
+        if not bool((replayed - slope).abs() <= self._tolerance * each.abs().sum()):
+            self._check_slope(replayed, slope, grads, u)
         self._last = None
         return slope, curvature
 
-    def _compare_lengths(
+    def _check_slope(
         self, replayed: Tensor, slope: Tensor, grads: Sequence[Tensor], u: Sequence[Tensor]
     ) -> None:
-        """Raise a `Mismatch` if two slopes differ by more than the lengths of g and u explain.
+        """Raise a `Mismatch` if two slopes differ by more than rounding errors.
 
-        If u is orthogonal to g, the rounding errors are those of the longer vectors.
+        If u is nearly orthogonal to g, these are relative to |g| |u| instead of the slope.
         """
         size = torch.stack([norm(a) * norm(b) for a, b in zip(grads, u, strict=True)]).sum()
         allowed = torch.maximum(self._tolerance * 0.1 * size, self._rounding().to(size))
@@ -155,8 +154,8 @@ class Recording:
         Raises
         ------
         Mismatch
-            If a rule does not agree with the double backward of its operation, which is tested
-            where the graph has not been seen before.
+            If a rule does not agree with the double backward of its operation. This is tested the
+            first time that a graph is seen.
         """
         slope, curvature = self._propagate(direction, inner_products or {})
         self._verify_once(slope, curvature)
@@ -197,7 +196,7 @@ class Recording:
         """Release what the graph has saved, as a backward pass without ``retain_graph`` does.
 
         The user may hold the loss, and with it the graph. So undefined adjoints are sent through
-        the graph, for which no node computes anything.
+        it: no node computes anything for these, but each releases what it has saved.
         """
         root, number = self._graph.root
         handle = root.register_prehook(lambda adjoints: (None,) * len(adjoints))
@@ -267,7 +266,7 @@ class _Tangents:
 def _keep_adjoints(node: Node, rule: OperationRule, adjoints: tuple[Tensor | None, ...]) -> None:
     try:
         node.adjoints = rule.kept(node, adjoints)
-    except MissingInternal:  # the rule itself will say so; backward must go on
+    except MissingInternal:  # backward must go on; the rule raises it again
         node.adjoints = tuple(adjoints)
 
 

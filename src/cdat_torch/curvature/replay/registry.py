@@ -17,7 +17,7 @@ To add an operation:
            x = node.saved("self")
            return Pushforward(x.cos() * dx, dot(node.adjoint * -x.sin(), dx**2))
 
-3. Add a case to ``tests/torch/replay/<kind>_cases.py``: ``case("Sin", torch.sin, (3, 4))``. It is
+3. Add a case to one of ``tests/torch/replay/*_cases.py``: ``case("Sin", torch.sin, (3, 4))``. It is
    compared with differences of gradients for several layouts; no rule may lack a case.
 
 In use each rule is compared with the double backward of its operation the first time that a graph
