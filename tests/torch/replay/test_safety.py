@@ -169,7 +169,7 @@ def test_double_backward_takes_over_where_pytorch_lacks_a_private_name(
     model = network(middle())
     other = copy.deepcopy(model)
     ours = CDAT(torch.optim.Adam(model.parameters()))
-    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hessian")
+    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hvp")
     for _ in range(2):
         found, wanted = step(model, ours, form), step(other, theirs, form)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)

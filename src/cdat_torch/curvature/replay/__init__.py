@@ -18,8 +18,8 @@ Each operation has a rule. `registry` explains how to write one; the rules are i
 `double_backward`   all other operations: one general rule, and the list of those it is exact for
 ==================  ================================================================================
 
-`verification` compares each rule with the double backward of its operation; `arithmetic` has the
-accurate inner products.
+`verification` compares each rule with the double backward of its operation, `versions` says with
+which releases of PyTorch graphs are replayed, and `arithmetic` has the accurate inner products.
 """
 
 from cdat_torch.curvature.replay import (
