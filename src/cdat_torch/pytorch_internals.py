@@ -172,7 +172,8 @@ def from_local_binding() -> Binding | None:
 
 def is_from_local(function: Any) -> bool:
     """Return whether this is PyTorch's own autograd function of ``DTensor.from_local``."""
-    return (function.__module__, function.__name__) == (_DTENSOR_API, _FROM_LOCAL)
+    found = getattr(function, "__module__", None), getattr(function, "__name__", None)
+    return found == (_DTENSOR_API, _FROM_LOCAL)
 
 
 def redistributes_once(function: Any) -> bool:
@@ -180,8 +181,9 @@ def redistributes_once(function: Any) -> bool:
 
     Versions of PyTorch whose redistribution is differentiable twice have a class for it.
     """
-    module = "torch.distributed.tensor._redistribute"
-    return function.__module__ == module and not hasattr(sys.modules[module], "NestedRedistribute")
+    name = "torch.distributed.tensor._redistribute"
+    same = getattr(function, "__module__", None) == name
+    return same and not hasattr(sys.modules[name], "NestedRedistribute")
 
 
 # ---- kernels and compilation ----
