@@ -215,6 +215,9 @@ def has_compiled() -> bool:
     return any(backend is not None for backend in backends.values())
 
 
+# ---- forward mode ----
+
+
 def sets_grad_mode(function: Any) -> bool:
     """Return whether this is the function behind ``torch.no_grad`` and its relatives.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -188,7 +189,7 @@ def beside_another_model(rank, size):
         if unsharded:  # the optimizer still finds the module of each parameter
             model.unshard()
         optimizer = CDAT(base, sigma=1.0)
-        optimizer.step(lambda: loss_of(model, x, y))
+        optimizer.step(functools.partial(loss_of, model, x, y))
         found.append(flat(model).tolist())
     return [isinstance(p, DTensor) for p in other.parameters()], found[0] == found[1]
 
