@@ -1,14 +1,21 @@
-"""The only door: ``nox`` runs every default check, ``nox -s demo`` the main job."""
+"""The only door: ``nox`` runs every default check, ``nox -s demo`` the main job.
+
+Sessions share virtual environments: ``env(core)`` has no framework, ``env(jax)`` and ``env(torch)``
+have one, ``env(all)`` has everything. One run of nox installs each at most once.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.10.9"
-# uv resolves torch to the builds with CUDA; pip honours the local index and cache.
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
@@ -19,119 +26,207 @@ SINGLE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
+ENVIRONMENTS = {
+    "core": (".", "test", "lint", "imports", "workflows"),
+    "jax": (".[jax]", "test"),
+    "torch": (".[torch]", "test"),
+    "all": (".[all]", "test", "lab", "embedding", "jax_ecosystem", "types", "docs"),
+}
+TESTS = ("core", "jax", "torch", "distributed", "parity", "embedding", "lab")
+QUICK = (
+    "core/test_imports.py",
+    "core/test_tuner_laws.py",
+    "core/test_curvature.py",
+    "core/test_lanczos.py",
+    "jax/test_curvature.py",
+    "jax/test_transform.py",
+    "torch/replay/test_rules.py",
+    "torch/test_checkpoint.py",
+    "torch/test_curvature.py",
+    "torch/test_optimizer.py",
+    "parity/test_quadratics.py",
+    "parity/test_rules.py",
+    "parity/test_tanh_network.py",
+)
+"""Where most faults show first: the laws of tuners, exact measurements, and that backends agree."""
 
 
 def install(session: nox.Session, package: str, *groups: str) -> None:
-    """Install the package with its extras and the dependency groups, at the tested versions."""
-    requirements = nox.project.dependency_groups(PYPROJECT, *groups) if groups else ()
-    session.install("--constraint", "constraints.txt", "--editable", package, *requirements)
+    """Install the package with its extras and the dependency groups, at the tested versions.
 
-
-def pytest(session: nox.Session, *folders: str) -> None:
-    arguments = session.posargs or folders
-    session.run("pytest", "--numprocesses=2", *arguments, env=SINGLE_THREAD)
-
-
-@nox.session
-def lint(session: nox.Session) -> None:
-    """Style and the rule that the core imports no framework (banned-api)."""
-    session.install(
-        "--constraint", "constraints.txt", *nox.project.dependency_groups(PYPROJECT, "lint")
-    )
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-
-
-@nox.session
-def types(session: nox.Session) -> None:
-    """Check types with mypy --strict on src, all frameworks installed."""
-    install(session, ".[all]", "types")
-    session.run("mypy")
-
-
-@nox.session
-def imports(session: nox.Session) -> None:
-    """Check the direction of imports between the packages."""
-    install(session, ".", "imports")
-    session.run("lint-imports")
-
-
-@nox.session
-def core(session: nox.Session) -> None:
-    """Test the core with no framework installed."""
-    install(session, ".", "test")
-    absent = (
-        "import importlib.util as u; assert not any(map(u.find_spec, ('jax', 'torch', 'optax')))"
-    )
-    session.run("python", "-c", absent)
-    pytest(session, "tests/core")
-
-
-@nox.session
-def jax(session: nox.Session) -> None:
-    """Test the JAX adapter, without torch."""
-    install(session, ".[jax]", "test")
-    pytest(session, "tests/jax")
+    pip installs torch, since uv would take the build with CUDA where pip has another index. uv
+    installs the rest in a fraction of pip's time.
+    """
+    constraints = ("--constraint", "constraints.txt")
+    torch = ["torch"] if "torch" in package or "all" in package else []
+    session.install("--no-compile", *constraints, "uv", *torch)
+    requirements = nox.project.dependency_groups(PYPROJECT, *groups) if groups else []
+    everything = (*constraints, "--editable", package, *requirements)
+    try:
+        session.run_install("uv", "pip", "install", *everything)
+    except nox.command.CommandFailed:  # uv does not read pip's settings: an index, a certificate
+        session.install("--no-compile", *everything)
 
 
 @nox.session(default=False)
-def jax_ecosystem(session: nox.Session) -> None:
-    """Train with Flax, Equinox and Orbax under JAX, on four devices and in two processes."""
-    install(session, ".[jax]", "test", "jax_ecosystem")
-    pytest(session, "tests/jax_ecosystem")
+@nox.parametrize("name", list(ENVIRONMENTS), ids=list(ENVIRONMENTS))
+def env(session: nox.Session, name: str) -> None:
+    """Make an environment that sessions share."""
+    install(session, *ENVIRONMENTS[name])
 
 
-@nox.session
+def session_in(environment: str, *, default: bool = True) -> Callable[..., nox.registry.Func]:
+    """Register a session that runs in a shared environment."""
+
+    def register(function: Callable[[nox.Session], None]) -> nox.registry.Func:
+        @functools.wraps(function)
+        def session_in_environment(session: nox.Session) -> None:
+            folder = session.cache_dir.parent / f"env-{environment}"
+            programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
+            session.env["VIRTUAL_ENV"] = str(folder)
+            session.env["PATH"] = os.pathsep.join([str(programs), os.environ["PATH"]])
+            function(session)
+
+        options = {"requires": [f"env({environment})"], "default": default}
+        return nox.session(venv_backend="none", **options)(session_in_environment)
+
+    return register
+
+
+def run(session: nox.Session, program: str, *arguments: str) -> None:
+    """Run a program of the shared environment."""
+    path = shutil.which(program, path=session.env["PATH"])
+    session.run(path or program, *arguments, env=SINGLE_THREAD)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    run(session, "pytest", "--numprocesses=2", *(session.posargs or arguments))
+
+
+@session_in("core")
+def lint(session: nox.Session) -> None:
+    """Style and the rule that the core imports no framework (banned-api)."""
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+
+
+@session_in("core")
+def imports(session: nox.Session) -> None:
+    """Check the direction of imports between the packages."""
+    run(session, "lint-imports")
+    run(session, "python", "docs/layout_picture.py", "--check")
+
+
+@session_in("core")
+def workflows(session: nox.Session) -> None:
+    """Check the GitHub workflows, issue forms and other configuration of services."""
+    github = Path(".github")
+    schemas = {
+        "github-workflows": sorted(github.glob("workflows/*.yml")),
+        "github-issue-forms": sorted(github.glob("ISSUE_TEMPLATE/[0-9]*.yml")),
+        "github-issue-config": [github / "ISSUE_TEMPLATE/config.yml"],
+        "dependabot": [github / "dependabot.yml"],
+        "readthedocs": [Path(".readthedocs.yaml")],
+        "citation-file-format": [Path("CITATION.cff")],
+    }
+    for schema, files in schemas.items():
+        run(session, "check-jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, files))
+    run(session, "zizmor", "--offline", "--persona=pedantic", ".github")
+
+
+@session_in("core")
+def core(session: nox.Session) -> None:
+    """Test the core with no framework installed."""
+    absent = (
+        "import importlib.util as u; assert not any(map(u.find_spec, ('jax', 'torch', 'optax')))"
+    )
+    run(session, "python", "-c", absent)
+    pytest(session, "tests/core")
+
+
+@session_in("jax")
+def jax(session: nox.Session) -> None:
+    """Test the JAX adapter, without torch."""
+    pytest(session, "tests/jax")
+
+
+@session_in("torch")
 def torch(session: nox.Session) -> None:
     """Test the PyTorch adapter, without JAX."""
-    install(session, ".[torch]", "test")
     pytest(session, "tests/torch")
 
 
-@nox.session
+@session_in("torch")
 def distributed(session: nox.Session) -> None:
     """Train in several processes that share one step."""
-    install(session, ".[torch]", "test")
     pytest(session, "tests/distributed")
 
 
-@nox.session
+@session_in("all")
+def types(session: nox.Session) -> None:
+    """Check types with mypy --strict on src, all frameworks installed."""
+    run(session, "mypy")
+
+
+@session_in("all")
 def parity(session: nox.Session) -> None:
     """Prove that all backends compute the same thing."""
-    install(session, ".[jax,torch]", "test")
     pytest(session, "tests/parity")
 
 
-@nox.session
+@session_in("all")
 def embedding(session: nox.Session) -> None:
     """Run the core in frameworks that no package of cdat knows: the examples of the docs."""
-    install(session, ".", "test", "embedding")
     pytest(session, "tests/embedding")
 
 
-@nox.session
+@session_in("all")
 def lab(session: nox.Session) -> None:
     """Test the reproduction suite and its command line."""
-    install(session, ".[all]", "test", "lab")
     pytest(session, "--dist=loadfile", "tests/lab")
 
 
-@nox.session
+@session_in("all")
 def doctests(session: nox.Session) -> None:
     """Run the examples in docstrings, the README and the docs."""
-    install(session, ".[all]", "test", "docs", "jax_ecosystem")
-    session.run("pytest", "--doctest-modules", "src", env=SINGLE_THREAD)
+    run(session, "pytest", "--doctest-modules", "src")
     pages = ["README.md", "CONTRIBUTING.md", *map(str, Path("docs").glob("*.md"))]
-    session.run("python", "docs/run_snippets.py", *pages)
+    run(session, "python", "docs/run_snippets.py", *pages)
 
 
-@nox.session
+@session_in("all")
 def docs(session: nox.Session) -> None:
     """Build the documentation; warnings are errors."""
-    install(session, ".[all]", "docs")
-    session.run(
-        "sphinx-build", "-n", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"
-    )
+    options = ("-n", "-W", "--keep-going", "-b", "html")
+    run(session, "sphinx-build", *options, "docs", "docs/_build/html")
+
+
+@session_in("all", default=False)
+def quick(session: nox.Session) -> None:
+    """Run the most telling tests of the core, JAX, PyTorch and parity, in under 90 seconds."""
+    pytest(session, *(f"tests/{file}" for file in QUICK))
+
+
+@session_in("all", default=False)
+def full(session: nox.Session) -> None:
+    """Run every test with every combination of its parameters."""
+    for folder in TESTS:
+        pytest(session, "--full", "--dist=loadscope", f"tests/{folder}")
+
+
+@session_in("all", default=False)
+def coverage(session: nox.Session) -> None:
+    """Measure the coverage of the default tests; below today's figure it fails."""
+    run(session, "coverage", "erase")
+    for folder in TESTS:
+        pytest(session, "--cov", "--cov-append", "--cov-report=", f"tests/{folder}")
+    run(session, "coverage", "report")
+
+
+@session_in("all", default=False)
+def jax_ecosystem(session: nox.Session) -> None:
+    """Train with Flax, Equinox and Orbax under JAX, on four devices and in two processes."""
+    pytest(session, "tests/jax_ecosystem")
 
 
 @nox.session(default=False)

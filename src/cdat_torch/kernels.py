@@ -1,14 +1,15 @@
-"""Choosing kernels for a forward pass that is differentiated twice, or in forward mode.
+"""What a forward pass needs so that PyTorch can differentiate it a second time, or forwards.
 
-Some operations have fast kernels whose second derivative is missing or wrong, and slower ones that
-have it. `further_differentiable` selects the slower ones inside its block.
+Some operations have fast kernels without a second derivative, or with a wrong one, beside slower
+ones that have it. `further_differentiable` selects the slower ones for a while.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -17,13 +18,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cdat_torch import pytorch_internals
 from cdat_torch.distributed import tensor_parallel
-from cdat_torch.pytorch_internals import Binding
 
 logger = logging.getLogger("cdat_torch")
 
-# Neither cuDNN nor oneDNN has the second derivative of recurrent layers.
+# Neither cuDNN nor oneDNN differentiate recurrent layers far enough.
 _LIBRARIES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
 
 
@@ -37,7 +36,7 @@ def say_once(level: int, message: str) -> None:
 def further_differentiable() -> Iterator[None]:
     """Use kernels that have second and forward-mode derivatives, and no compiled modules.
 
-    Run the backward passes inside as well: activation checkpointing repeats the forward pass there.
+    The backward passes belong inside as well: activation checkpointing repeats the forward there.
     """
     say_once(
         logging.INFO,
@@ -54,30 +53,32 @@ def further_differentiable() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for library, before in zip(_LIBRARIES, enabled, strict=True):
-            library.enabled = before  # an interrupt may have come while one was disabled
+            library.enabled = before  # Ctrl-C may have come while one was off
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run torch.compile'd modules uncompiled; what is compiled already is kept for later."""
+    """Run torch.compile'd modules uncompiled; what is compiled already stays so for later."""
     with ExitStack() as stack:
-        if pytorch_internals.is_dynamo_loaded():
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 def anything_compiled() -> bool:
-    """Return whether this process has compiled anything; True if that is unknown.
+    """Return whether this process has used torch.compile; True also if that cannot be told.
 
-    Forward passes that may run compiled must then have no hooks on all modules, because each hook
-    would compile them anew.
+    Hooks on all modules must then be kept away from forward passes that may run compiled: each
+    hook would compile them anew.
     """
-    return pytorch_internals.has_compiled()
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    backends = {} if eval_frame is None else getattr(eval_frame, "cached_backends", {0: "unknown"})
+    return any(backend is not None for backend in backends.values())
 
 
 def _other_kernels() -> AbstractContextManager[None]:
-    """Replace single operations by equivalents that have the missing derivatives."""
-    return _rebound([*_WEIGHT_NORM, *_RECURRENT, *tensor_parallel.replacements()])
+    """Replace single operations by equivalents with the derivatives that are missing."""
+    return _rebound([*_REPLACEMENTS, *tensor_parallel.replacements()])
 
 
 @contextmanager
@@ -88,24 +89,24 @@ def replayable() -> Iterator[None]:
 
 
 @contextmanager
-def _rebound(replacements: Sequence[tuple[Binding, Callable[..., Any]]]) -> Iterator[None]:
-    """Rebind the names under which the layers of PyTorch call operations.
+def _rebound(replacements: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Bind the names anew under which the layers of PyTorch call operations.
 
-    A ``TorchFunctionMode`` would not reach the forward passes that activation checkpointing repeats
-    in the backward pass.
+    A mode of torch functions would not reach the forward passes that activation checkpointing
+    repeats in the backward.
     """
-    before = [(binding, getattr(*binding)) for binding, _ in replacements]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     try:
-        for binding, function in replacements:
-            setattr(*binding, function)
+        for owner, name, function in replacements:
+            setattr(owner, name, function)
         yield
     finally:
-        for binding, function in before:
-            setattr(*binding, function)
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The double backward of the fused kernel treats the norm of v as a constant.
+    # The double backward of the fused kernel takes the norm of v for a constant.
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -124,11 +125,15 @@ def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
     return native
 
 
-_RECURRENT = [
-    (binding, _without_library(getattr(*binding)))
-    for binding in pytorch_internals.recurrent_bindings()
+_RECURRENT: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch._VF, name, _without_library(getattr(torch._VF, name)))
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ]
-_WEIGHT_NORM = [(binding, _weight_norm) for binding in pytorch_internals.weight_norm_bindings()]
+_REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch, "_weight_norm", _weight_norm),
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
+    *_RECURRENT,
+]
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
@@ -147,12 +152,12 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 def refuse_once_differentiable(loss: Tensor) -> None:
     """Raise where double backward would silently drop a custom function's second derivative.
 
-    PyTorch itself raises for a ``once_differentiable`` backward only if the gradient that flows
-    into it has a graph. Below a linear loss it has none, and the term would just be missing.
+    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it
+    has a graph itself; behind a linear loss it has none, and the term would just be missing.
     """
     for node in nodes(loss):
         if isinstance(node, BackwardCFunction):
-            function = pytorch_internals.function_of(node)
+            function: Any = getattr(node, "_forward_cls", None)
             reason = tensor_parallel.reason_against(function, node)
             if reason is not None:
                 raise NotImplementedError(reason)
@@ -164,7 +169,7 @@ def refuse_once_differentiable(loss: Tensor) -> None:
                 backward = getattr(backward, "__wrapped__", None)
 
 
-# The decorator wraps every backward in this code; other decorators set __wrapped__ too.
+# The decorator wraps every backward in the same code; other decorators set __wrapped__ too.
 _ONCE = once_differentiable(lambda ctx: ctx).__code__
 
 

@@ -17,6 +17,7 @@ from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
 from tests.distributed.workers import run
 
+pytestmark = pytest.mark.timeout(300)  # several processes, each of which imports torch
 STEPS = 5
 RULES = {
     "cdat": tuners.cdat(1.0),

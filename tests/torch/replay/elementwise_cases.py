@@ -1,4 +1,4 @@
-"""Functions of one number."""
+"""Functions of single numbers."""
 
 from __future__ import annotations
 
