@@ -22,7 +22,7 @@ nitpicky = True
 
 myst_heading_anchors = 3
 
-# Numpydoc lists sources that the text need not cite by number.
+# The sources that numpydoc lists need not be cited by number in the text.
 suppress_warnings = ["ref.footnote"]
 
 autodoc_member_order = "groupwise"
@@ -33,8 +33,8 @@ napoleon_use_param = False
 napoleon_use_rtype = False
 napoleon_use_ivar = False
 
-# Types of other projects are named, not linked: an offline build has no inventories of theirs.
-# A single word that is no object of ours is the name of a parameter or field.
+# Types of other projects are not linked, because an offline build has no inventories.
+# A single word that is not one of our objects is the name of a parameter or a field.
 nitpick_ignore_regex = [
     (r"py:obj", r"[a-z_]+"),
     (r"py:.*", r"(array_api_compat|collections|jax|numpy|optax|scipy|torch|typing)(\..*)?"),
@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = "cdat"
 html_show_sphinx = False
-html_theme_options = {  # lines of 100 columns fit
+html_theme_options = {  # so that lines of 100 columns fit
     name: {"code-font-size": "0.74rem"} for name in ("light_css_variables", "dark_css_variables")
 }
 copybutton_exclude = ".linenos, .gp, .go"
@@ -61,5 +61,5 @@ def skip_tuple_fields(
 
 
 def setup(app: Any) -> None:
-    """Connect the hook above."""
+    """Register the hook above."""
     app.connect("autodoc-skip-member", skip_tuple_fields)

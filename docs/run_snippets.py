@@ -1,9 +1,8 @@
 """Run the Python examples of Markdown files.
 
 ``python docs/run_snippets.py README.md docs/*.md`` runs every block fenced as ``python``, in order,
-in one namespace per file and one process per file, with warnings as errors. It prints
-``file:line ok`` for each block; a block that fails is shown with the lines of the Markdown file,
-and the exit status is 1.
+with warnings as errors. Each file has its own process and namespace. The output is ``file:line ok``
+for each block, or a traceback with the line numbers of the Markdown file and exit status 1.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)")
 
 
 def python_blocks(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line number of each opening fence and the code behind it."""
+    """Yield the line number of each opening fence, and its code."""
     opened: re.Match[str] | None = None
     first, lines = 0, []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -42,11 +41,11 @@ def python_blocks(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def run(path: Path) -> bool:
-    """Run the blocks of one file up to the first that fails; return whether all passed."""
+    """Run the blocks of one file until one fails; return whether all passed."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, code in python_blocks(path):
         try:
-            # The empty lines in front make the line numbers of a traceback those of the file.
+            # The leading empty lines give a traceback the line numbers of the file.
             exec(compile("\n" * line + code, str(path), "exec"), namespace)
         except (Exception, SystemExit) as error:
             own = error.__traceback__.tb_next if error.__traceback__ else None
@@ -58,14 +57,14 @@ def run(path: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all files; return the exit status."""
+    """Run all files and return the exit status."""
     if not arguments:
         print("usage: python docs/run_snippets.py FILE.md ...", file=sys.stderr)  # noqa: T201
         return 2
     if len(arguments) == 1:
         warnings.simplefilter("error")
         return 0 if run(Path(arguments[0])) else 1
-    # A process for each: a page may set a framework up before it starts.
+    # One process for each, because a page may configure a framework before it is imported.
     command = [sys.executable, __file__]
     codes = [subprocess.call([*command, argument]) for argument in arguments]
     return 1 if any(codes) else 0

@@ -1,15 +1,14 @@
-"""What a forward pass needs so that PyTorch can differentiate it a second time, or forwards.
+"""Choosing kernels for a forward pass that is differentiated twice, or in forward mode.
 
-Some operations have fast kernels without a second derivative, or with a wrong one, beside slower
-ones that have it. `further_differentiable` selects the slower ones for a while.
+Some operations have fast kernels whose second derivative is missing or wrong, and slower ones that
+have it. `further_differentiable` selects the slower ones inside its block.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -18,11 +17,13 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cdat_torch import pytorch_internals
 from cdat_torch.distributed import tensor_parallel
+from cdat_torch.pytorch_internals import Binding
 
 logger = logging.getLogger("cdat_torch")
 
-# Neither cuDNN nor oneDNN differentiate recurrent layers far enough.
+# Neither cuDNN nor oneDNN has the second derivative of recurrent layers.
 _LIBRARIES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
 
 
@@ -36,7 +37,7 @@ def say_once(level: int, message: str) -> None:
 def further_differentiable() -> Iterator[None]:
     """Use kernels that have second and forward-mode derivatives, and no compiled modules.
 
-    The backward passes belong inside as well: activation checkpointing repeats the forward there.
+    Run the backward passes inside as well: activation checkpointing repeats the forward pass there.
     """
     say_once(
         logging.INFO,
@@ -53,32 +54,30 @@ def further_differentiable() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for library, before in zip(_LIBRARIES, enabled, strict=True):
-            library.enabled = before  # Ctrl-C may have come while one was off
+            library.enabled = before  # an interrupt may have come while one was disabled
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run torch.compile'd modules uncompiled; what is compiled already stays so for later."""
+    """Run torch.compile'd modules uncompiled; what is compiled already is kept for later."""
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
+        if pytorch_internals.is_dynamo_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 def anything_compiled() -> bool:
-    """Return whether this process has used torch.compile; True also if that cannot be told.
+    """Return whether this process has compiled anything; True if that is unknown.
 
-    Hooks on all modules must then be kept away from forward passes that may run compiled: each
-    hook would compile them anew.
+    Forward passes that may run compiled must then have no hooks on all modules, because each hook
+    would compile them anew.
     """
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    backends = {} if eval_frame is None else getattr(eval_frame, "cached_backends", {0: "unknown"})
-    return any(backend is not None for backend in backends.values())
+    return pytorch_internals.has_compiled()
 
 
 def _other_kernels() -> AbstractContextManager[None]:
-    """Replace single operations by equivalents with the derivatives that are missing."""
-    return _rebound([*_REPLACEMENTS, *tensor_parallel.replacements()])
+    """Replace single operations by equivalents that have the missing derivatives."""
+    return _rebound([*_WEIGHT_NORM, *_RECURRENT, *tensor_parallel.replacements()])
 
 
 @contextmanager
@@ -89,24 +88,24 @@ def replayable() -> Iterator[None]:
 
 
 @contextmanager
-def _rebound(replacements: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
-    """Bind the names anew under which the layers of PyTorch call operations.
+def _rebound(replacements: Sequence[tuple[Binding, Callable[..., Any]]]) -> Iterator[None]:
+    """Rebind the names under which the layers of PyTorch call operations.
 
-    A mode of torch functions would not reach the forward passes that activation checkpointing
-    repeats in the backward.
+    A ``TorchFunctionMode`` would not reach the forward passes that activation checkpointing repeats
+    in the backward pass.
     """
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    before = [(binding, getattr(*binding)) for binding, _ in replacements]
     try:
-        for owner, name, function in replacements:
-            setattr(owner, name, function)
+        for binding, function in replacements:
+            setattr(*binding, function)
         yield
     finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
+        for binding, function in before:
+            setattr(*binding, function)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The double backward of the fused kernel takes the norm of v for a constant.
+    # The double backward of the fused kernel treats the norm of v as a constant.
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -125,15 +124,11 @@ def _without_library(function: Callable[..., Any]) -> Callable[..., Any]:
     return native
 
 
-_RECURRENT: list[tuple[Any, str, Callable[..., Any]]] = [
-    (torch._VF, name, _without_library(getattr(torch._VF, name)))
-    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_RECURRENT = [
+    (binding, _without_library(getattr(*binding)))
+    for binding in pytorch_internals.recurrent_bindings()
 ]
-_REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
-    (torch, "_weight_norm", _weight_norm),
-    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
-    *_RECURRENT,
-]
+_WEIGHT_NORM = [(binding, _weight_norm) for binding in pytorch_internals.weight_norm_bindings()]
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
@@ -152,12 +147,12 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 def refuse_once_differentiable(loss: Tensor) -> None:
     """Raise where double backward would silently drop a custom function's second derivative.
 
-    PyTorch raises for a ``once_differentiable`` backward only if the gradient that flows into it
-    has a graph itself; behind a linear loss it has none, and the term would just be missing.
+    PyTorch itself raises for a ``once_differentiable`` backward only if the gradient that flows
+    into it has a graph. Below a linear loss it has none, and the term would just be missing.
     """
     for node in nodes(loss):
         if isinstance(node, BackwardCFunction):
-            function: Any = getattr(node, "_forward_cls", None)
+            function = pytorch_internals.function_of(node)
             reason = tensor_parallel.reason_against(function, node)
             if reason is not None:
                 raise NotImplementedError(reason)
@@ -169,7 +164,7 @@ def refuse_once_differentiable(loss: Tensor) -> None:
                 backward = getattr(backward, "__wrapped__", None)
 
 
-# The decorator wraps every backward in the same code; other decorators set __wrapped__ too.
+# The decorator wraps every backward in this code; other decorators set __wrapped__ too.
 _ONCE = once_differentiable(lambda ctx: ctx).__code__
 
 

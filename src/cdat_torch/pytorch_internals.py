@@ -6,6 +6,7 @@ function says why the name is needed and what happens where a release does not h
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,10 @@ pytree = _pytree
 
 Binding = tuple[Any, str]
 """An object and the name of one of its attributes."""
+
+
+class MissingInternal(RuntimeError):  # noqa: N818
+    """A private name without a substitute is missing in the installed version of PyTorch."""
 
 
 # ---- optimizers ----
@@ -167,7 +172,8 @@ def from_local_binding() -> Binding | None:
 
 def is_from_local(function: Any) -> bool:
     """Return whether this is PyTorch's own autograd function of ``DTensor.from_local``."""
-    return (function.__module__, function.__name__) == (_DTENSOR_API, _FROM_LOCAL)
+    found = getattr(function, "__module__", None), getattr(function, "__name__", None)
+    return found == (_DTENSOR_API, _FROM_LOCAL)
 
 
 def redistributes_once(function: Any) -> bool:
@@ -175,8 +181,9 @@ def redistributes_once(function: Any) -> bool:
 
     Versions of PyTorch whose redistribution is differentiable twice have a class for it.
     """
-    module = "torch.distributed.tensor._redistribute"
-    return function.__module__ == module and not hasattr(sys.modules[module], "NestedRedistribute")
+    name = "torch.distributed.tensor._redistribute"
+    same = getattr(function, "__module__", None) == name
+    return same and not hasattr(sys.modules[name], "NestedRedistribute")
 
 
 # ---- kernels and compilation ----
@@ -208,6 +215,9 @@ def has_compiled() -> bool:
     return any(backend is not None for backend in backends.values())
 
 
+# ---- forward mode ----
+
+
 def sets_grad_mode(function: Any) -> bool:
     """Return whether this is the function behind ``torch.no_grad`` and its relatives.
 
@@ -232,3 +242,55 @@ def without_forward_gradients() -> AbstractContextManager[Any]:
 def function_of(node: Any) -> Any:
     """Return the ``autograd.Function`` of a node in Python; None if it does not say."""
     return getattr(node, "_forward_cls", None)
+
+
+def saved(node: Any, name: str) -> Any:
+    """Return what an autograd node has saved of the forward pass under a name.
+
+    Integers are as they were given; PyTorch shows negative ones as unsigned. Without the name:
+    `MissingInternal`, and the graph is not replayed.
+    """
+    try:
+        value = getattr(node, f"_saved_{name}")
+    except AttributeError as error:
+        msg = f"{node.name()} has no attribute _saved_{name} in this version of PyTorch"
+        raise MissingInternal(msg) from error
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _signed(value)
+    if isinstance(value, tuple):
+        return tuple(_signed(v) if isinstance(v, int) else v for v in value)
+    return value
+
+
+def output_metadata(node: Any) -> Any:
+    """Return shape, dtype and device of each output that an autograd node had in the forward pass.
+
+    The name says input, because they are the inputs of the backward pass. Without it:
+    `MissingInternal`, and the graph is not replayed.
+    """
+    try:
+        return node._input_metadata
+    except AttributeError as error:
+        msg = f"{node.name()} has no attribute _input_metadata in this version of PyTorch"
+        raise MissingInternal(msg) from error
+
+
+def unpack_hook(node: Any) -> Any:
+    """Return the hook that unpacks one of the tensors that a node has saved; None without one.
+
+    Also None without the names. Then activation checkpoints are not recognised, and a replay
+    repeats their forward pass for each tensor that it reads.
+    """
+    kind: Any = type(node)
+    name = _a_saved_tensor(kind)
+    found = None if name is None else getattr(node, name)
+    return getattr(found, "unpack_hook", None)
+
+
+@functools.cache
+def _a_saved_tensor(kind: type) -> str | None:
+    return next((name for name in dir(kind) if name.startswith("_raw_saved_")), None)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from cdat_torch import pytorch_internals
 from cdat_torch.distributed.dtensor import locals_of
 from cdat_torch.distributed.fsdp import reshard
 from cdat_torch.interrupts import defer_interrupts
@@ -70,7 +71,9 @@ class SideEffects:
     def restore(self) -> None:
         """Restore everything bit for bit."""
         for module, buffers in self._modules.items():
-            module._buffers.update(buffers)  # the module may have replaced tensors
+            pytorch_internals.buffers_of(module).update(
+                buffers
+            )  # the module may have replaced tensors
         with torch.no_grad():
             for buffer, saved in reversed(self._buffers):  # a shared buffer: the first copy wins
                 buffer.copy_(saved)
@@ -79,9 +82,10 @@ class SideEffects:
 
     def _keep_buffers(self, module: Module, args: Any) -> None:
         del args
-        if module._buffers and module not in self._modules:
-            self._modules[module] = dict(module._buffers)
-            for buffer in module._buffers.values():
+        buffers = pytorch_internals.buffers_of(module)
+        if buffers and module not in self._modules:
+            self._modules[module] = dict(buffers)
+            for buffer in buffers.values():
                 if buffer is not None:
                     self._buffers.append((buffer, buffer.detach().clone()))
 

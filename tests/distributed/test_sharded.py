@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -177,6 +178,23 @@ def refused(rank, size):
     return torch.equal(before, flat(model))
 
 
+def beside_another_model(rank, size):
+    """Which parameters of another model are sharded after a step; it was unsharded before."""
+    other, *_ = prepared(size, "fsdp")
+    for module in (other, other.block):
+        module.unshard()
+    found = []
+    for unsharded in (False, True):
+        model, x, y, _ = prepared(size, "fsdp")
+        base = torch.optim.SGD(model.parameters(), lr=1.0)
+        if unsharded:  # the optimizer still finds the module of each parameter
+            model.unshard()
+        optimizer = CDAT(base, sigma=1.0)
+        optimizer.step(functools.partial(loss_of, model, x, y))
+        found.append(flat(model).tolist())
+    return [isinstance(p, DTensor) for p in other.parameters()], found[0] == found[1]
+
+
 def overlapping(rank, size):
     model, *_ = prepared(size, "tensor and data")
     with pytest.raises(ValueError, match="process_group"):
@@ -273,6 +291,7 @@ def every_case(rank, size, folder=None):
         **{f"measured {way}": measured(rank, size, way) for way in ("fsdp", "tensor")},
         "low precision": low_precision(rank, size),
         "refused": refused(rank, size),
+        "beside another model": beside_another_model(rank, size),
         "saved": saving(rank, size, folder),
         "resumed": resuming(rank, size, folder),
     }
@@ -337,6 +356,13 @@ def test_mixed_precision_of_fsdp(found):
 def test_what_cannot_be_measured_is_refused(found):
     assert [process["refused"] for process in found[2]] == [True, True]
     assert all(process["overlapping"] for process in found[4])
+
+
+def test_another_model_under_fully_shard_is_left_alone(found):
+    for process in found[2]:
+        sharded, same = process["beside another model"]
+        assert not any(sharded)
+        assert same
 
 
 def test_a_process_that_dies_leaves_the_others_as_they_were():

@@ -139,9 +139,11 @@ def test_graphs_are_freed(end, held, rule):
 
 
 def test_several_losses_that_are_not_replayed_exactly_are_differentiated_twice(monkeypatch):
-    rule = registry.RULES["TanhBackward0"]
-    wrong = lambda *args: rule.push(*args)._replace(second=torch.tensor(1e3))
-    monkeypatch.setitem(registry.RULES, "TanhBackward0", dataclasses.replace(rule, push=wrong))
+    rule = registry.OPERATION_RULES["TanhBackward0"]
+    wrong = lambda *args: rule.apply(*args)._replace(second_order=torch.tensor(1e3))
+    monkeypatch.setitem(
+        registry.OPERATION_RULES, "TanhBackward0", dataclasses.replace(rule, apply=wrong)
+    )
     monkeypatch.setattr(recording, "_VERIFIED", set())
     model, x, y = problem()
     other = copy.deepcopy(model)

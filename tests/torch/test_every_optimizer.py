@@ -281,7 +281,7 @@ def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     fused kernel.
     """
     monkeypatch.setattr(rehearsal, "_SMALL", 5)
-    monkeypatch.setattr(fused_adam, "_SIZE", 5)
+    monkeypatch.setattr(fused_adam, "_CHUNK", 5)
     adam = c in (torch.optim.Adam, torch.optim.AdamW)
     left_open = adam and not {"fused", "foreach"} & set(chosen) and not hooked
     params = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (2, 3), (4, 4))]
@@ -334,7 +334,7 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     if c is torch.optim.SGD and chosen.get("fused") and dtype is torch.bfloat16:
         pytest.skip("on a CPU PyTorch's fused SGD does not move 16 numbers in bfloat16, but 15")
     monkeypatch.setattr(rehearsal, "_SMALL", 5)
-    monkeypatch.setattr(fused_adam, "_SIZE", 5)
+    monkeypatch.setattr(fused_adam, "_CHUNK", 5)
     shapes = ((3, 4), (2, 3), (4, 4))
     params = [torch.randn(*shape, dtype=dtype) for shape in shapes]
     params = [p.requires_grad_() for p in (*params, torch.randn(4, 3, dtype=dtype).t().detach())]

@@ -1,6 +1,6 @@
-"""Adam and AdamW on a CPU by PyTorch's fused kernel, which takes a third of the time.
+"""Adam and AdamW on a CPU with PyTorch's fused kernel, which takes a third of the time.
 
-Its moments and steps differ from those of the default by rounding.
+Its moments and steps differ from those of the default implementation by rounding.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch.base.direction import decouples_decay
+from cdat_torch import pytorch_internals
+from cdat_torch.base.direction import adapter_of
 from cdat_torch.distributed.dtensor import is_dtensor
 
-_SIZE = 2**18
-"""Numbers that are stepped on at a time: with their moments they about fit the cache."""
+_CHUNK = 2**18
+"""Elements per chunk: with their moments they roughly fit into the cache."""
 
 
 def has_kernel(base: Optimizer) -> bool:
     """Return whether the kernel can take the steps of `base`.
 
-    It takes entries in the order of the memory, whatever the strides; in half precision it rounds
-    otherwise, so that is left to the base.
+    It ignores strides, so all tensors must be contiguous. In half precision it rounds differently
+    from the default, so those steps are left to the base.
     """
     if type(base) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
@@ -37,7 +38,7 @@ def has_kernel(base: Optimizer) -> bool:
 
 
 def _suits(p: Tensor, state: dict[str, Any]) -> bool:
-    """Return whether a parameter, its gradient and its state are such as the kernel takes."""
+    """Return whether the kernel takes a parameter with its gradient and its state."""
     return (
         p.device.type == "cpu"
         and p.dtype in (torch.float32, torch.float64)
@@ -54,10 +55,10 @@ def _is_like(g: Tensor, p: Tensor) -> bool:
 
 @contextmanager
 def preferred(base: Optimizer) -> Iterator[None]:
-    """Let `base` step by the kernel in those groups that leave the implementation open.
+    """Let `base` use the kernel in those groups that do not choose an implementation.
 
-    The first step of a parameter creates its state, in types that depend on the implementation:
-    that is left to the base as it was built.
+    The first step of a parameter creates its state, with types that depend on the implementation,
+    so that step is left to the base as it was built.
     """
     groups = base.param_groups if has_kernel(base) else []
     first = any(p.grad is not None and p not in base.state for g in groups for p in g["params"])
@@ -72,12 +73,12 @@ def preferred(base: Optimizer) -> Iterator[None]:
 
 
 def direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the step of `base` at learning rate 1; its state and its parameters stay.
+    """Return the step of `base` at learning rate 1; its state and parameters do not change.
 
     Parameters
     ----------
     base : torch.optim.Adam or torch.optim.AdamW
-        It `has_kernel`.
+        One that `has_kernel`.
     params : sequence of Tensor
         Each has its gradient in ``p.grad``.
 
@@ -88,43 +89,43 @@ def direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     """
     found = {p: torch.empty_like(p) for p in params}
     for group in base.param_groups:
-        pieces = [
-            _Piece(p, found[p].view(-1)[start : start + _SIZE], start)
+        chunks = [
+            _Chunk(p, found[p].view(-1)[start : start + _CHUNK], start)
             for p in group["params"]
             if p in found
-            for start in range(0, p.numel(), _SIZE)
+            for start in range(0, p.numel(), _CHUNK)
         ]
-        for dtype in {piece.param.dtype for piece in pieces}:
-            copies = [torch.empty(_SIZE, dtype=dtype) for _ in _moments(group)]
-            for some in _together([piece for piece in pieces if piece.param.dtype == dtype]):
+        for dtype in {chunk.param.dtype for chunk in chunks}:
+            copies = [torch.empty(_CHUNK, dtype=dtype) for _ in _moments(group)]
+            for some in _batches([chunk for chunk in chunks if chunk.param.dtype == dtype]):
                 _step(base, group, some, copies)
     return [found[p] for p in params]
 
 
-class _Piece(NamedTuple):
-    """Successive entries of a parameter."""
+class _Chunk(NamedTuple):
+    """Consecutive elements of a parameter."""
 
     param: Tensor
     direction: Tensor
     start: int
 
-    def here(self, t: Tensor) -> Tensor:
-        """Return these entries of what is like the parameter."""
+    def of(self, t: Tensor) -> Tensor:
+        """Return these elements of a tensor that has the shape of the parameter."""
         return t.view(-1)[self.start : self.start + self.direction.numel()]
 
 
-def _together(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    """Divide pieces into successive lists of no more numbers than fit the copies."""
-    some: list[_Piece] = []
+def _batches(chunks: Sequence[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Divide chunks into consecutive lists that together have no more elements than one may."""
+    batch: list[_Chunk] = []
     size = 0
-    for piece in pieces:
-        if size + piece.direction.numel() > _SIZE:
-            yield some
-            some, size = [], 0
-        some.append(piece)
-        size += piece.direction.numel()
-    if some:
-        yield some
+    for chunk in chunks:
+        if size + chunk.direction.numel() > _CHUNK:
+            yield batch
+            batch, size = [], 0
+        batch.append(chunk)
+        size += chunk.direction.numel()
+    if batch:
+        yield batch
 
 
 def _moments(group: dict[str, Any]) -> list[str]:
@@ -132,30 +133,30 @@ def _moments(group: dict[str, Any]) -> list[str]:
 
 
 def _step(
-    base: Optimizer, group: dict[str, Any], pieces: Sequence[_Piece], copies: Sequence[Tensor]
+    base: Optimizer, group: dict[str, Any], chunks: Sequence[_Chunk], copies: Sequence[Tensor]
 ) -> None:
-    """Step on zeros, with copies of the moments; weight decay, unseen there, is added."""
-    states = [base.state.get(piece.param, {}) for piece in pieces]
-    sizes = [piece.direction.numel() for piece in pieces]
+    """Step on zeros with copies of the moments; weight decay is added to the result."""
+    states = [base.state.get(chunk.param, {}) for chunk in chunks]
+    sizes = [chunk.direction.numel() for chunk in chunks]
     moments: list[list[Tensor]] = []
     for name, copy in zip(_moments(group), copies, strict=True):
         parts = torch.split(copy[: sum(sizes)], sizes)
-        for part, piece, state in zip(parts, pieces, states, strict=True):
+        for part, chunk, state in zip(parts, chunks, states, strict=True):
             if name in state:
-                part.copy_(piece.here(state[name]))
+                part.copy_(chunk.of(state[name]))
             else:
                 part.zero_()
         moments.append(list(parts))
     decay, maximize = group["weight_decay"], group["maximize"]
-    decoupled = decouples_decay(base, group)
-    at = [piece.here(piece.param.detach()) for piece in pieces] if decay else []
-    grads = [piece.here(piece.param.grad) for piece in pieces]  # type: ignore[arg-type]
+    decoupled = adapter_of(base).decays_params(group)
+    params = [chunk.of(chunk.param.detach()) for chunk in chunks] if decay else []
+    grads = [chunk.of(chunk.param.grad) for chunk in chunks]  # type: ignore[arg-type]
     if decay and not decoupled:
         sign = -1 if maximize else 1
-        grads = [torch.add(g, p, alpha=sign * decay) for g, p in zip(grads, at, strict=True)]
-    u = [piece.direction.zero_() for piece in pieces]
-    torch._fused_adam_(
-        u,
+        grads = [torch.add(g, p, alpha=sign * decay) for g, p in zip(grads, params, strict=True)]
+    direction = [chunk.direction.zero_() for chunk in chunks]
+    pytorch_internals.fused_adam(
+        direction,
         grads,
         moments[0],
         moments[1],
@@ -170,5 +171,5 @@ def _step(
         maximize=maximize,
     )
     if decay and decoupled:
-        for here, p in zip(u, at, strict=True):
-            here.add_(p, alpha=-decay)
+        for u, p in zip(direction, params, strict=True):
+            u.add_(p, alpha=-decay)

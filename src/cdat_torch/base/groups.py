@@ -1,7 +1,7 @@
 """Parameter groups of a wrapped optimizer and the multipliers in their ``lr``.
 
 The measured direction weighs each group by its multiplier at wrapping (``direction_weight``); the
-step is rate times the present multiplier. A group wrapped with multiplier 0 does not move.
+step is rate times the current multiplier. A group wrapped with multiplier 0 does not move.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdat_torch import pytorch_internals
+
 Group = dict[str, Any]
 
-# What they do that the wrapper cannot stand in for, and the way out.
+# What each of them does that a wrapper cannot, and the alternative.
 _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
     torch.optim.LBFGS: ("choose step lengths itself", "wrap SGD with a line search"),
     torch.optim.ASGD: (
@@ -38,7 +40,7 @@ def check_base(base: Any) -> None:
     if "tuned_lr" in base.param_groups[0]:
         msg = f"base {type(base).__name__} is wrapped already; an optimizer has one tuner at a time"
         raise TypeError(msg)
-    if hasattr(base.step, "_wrapped_by_lr_sched"):
+    if pytorch_internals.has_scheduler(base):
         msg = (
             f"base {type(base).__name__} already has a learning-rate scheduler; wrap the optimizer "
             "first and attach the scheduler to the wrapper"
@@ -58,7 +60,7 @@ def check_params(params: Any) -> None:
 
 
 def multiplier(group: Group, defaults: dict[str, Any]) -> float:
-    """Return the group's learning rate over the default of the base."""
+    """Return the group's learning rate divided by the default of the base."""
     lr, default = float(group["lr"]), float(defaults["lr"])
     if lr == default:
         return 1.0
@@ -87,16 +89,16 @@ def weights_and_factors(
 
 
 def scale_in_place(tensors: list[Tensor], factors: list[float]) -> None:
-    """Multiply each tensor by its factor; no work where all factors are 1."""
+    """Multiply each tensor by its factor; do nothing if all factors are 1."""
     if any(factor != 1.0 for factor in factors):
         torch._foreach_mul_(tensors, factors)
 
 
 def move(params: list[Tensor], step: list[Tensor], rate: Tensor, *, skip: Tensor) -> None:
-    """Add ``rate * step`` to the parameters, or nothing at all where `skip` holds.
+    """Add ``rate * step`` to the parameters, or nothing where `skip` holds.
 
-    `step` may be overwritten. Where reading `skip` costs nothing, nothing is added; else the mask,
-    and not the rate 0 alone, keeps a non-finite step out.
+    `step` may be overwritten. On an accelerator `skip` is not read but masks the step: rate 0 alone
+    would not keep out values that are not finite.
     """
     if skip.device.type == "cpu":
         if not bool(skip):

@@ -1,15 +1,14 @@
-"""Models under ``fully_shard``: FSDP2, and its hybrid and tensor parallel forms.
+"""Models under ``fully_shard``: FSDP2, also hybrid and with tensor parallelism.
 
-Such a module holds DTensors between steps and plain parameters while it runs. Their hooks average
-gradients in ``loss.backward()``, which is right for a first derivative and the only way that never
-gathers the whole model. That pass leaves no graph. For a second derivative the parameters are
-gathered and stay so until the step ends: each process differentiates its own loss on them, and the
-gradients are averaged and scattered here.
+Such a module holds DTensors between steps and plain parameters while it runs. In
+``loss.backward()`` its hooks average the gradients, which is enough for a first derivative and the
+only way that never unshards the whole model. That pass leaves no graph. For a second derivative the
+modules are unsharded and stay so until the step ends: each process differentiates its own loss with
+respect to the unsharded parameters, and `reduce_scatter` averages the gradients.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cdat_torch import pytorch_internals
 from cdat_torch.distributed.dtensor import from_local_like, is_dtensor, local, sum_over_mesh
 from cdat_torch.interrupts import deliver_interrupts
 
@@ -27,51 +27,36 @@ from cdat_torch.interrupts import deliver_interrupts
 class _Home(NamedTuple):
     """Where a parameter lives."""
 
-    module: weakref.ref[Any]
-    """The module under ``fully_shard`` that gathers it."""
+    unit: weakref.ref[Any]
+    """The module under ``fully_shard`` that unshards it."""
     owner: weakref.ref[Module]
     name: str
 
 
 _HOMES: Any = WeakTensorKeyDictionary()
-"""The home of each sharded parameter that was asked for, or None if no module gathers it."""
-_KEPT: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Modules that are gathered for a step, and whether they release after a backward pass else."""
+"""The home of each sharded parameter that was looked up; None if no module unshards it."""
+_UNSHARDED: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Modules that stay unsharded for a step; whether they usually reshard after a backward pass."""
 
 
 def modules_of(params: Sequence[Tensor]) -> list[Any]:
     """Return the modules under ``fully_shard`` that hold some of `params`; usually none.
 
-    An optimizer knows parameters only, so the modules are looked up once among the living objects.
+    An optimizer knows parameters only, so each is looked up once.
     """
     sharded = [p for p in params if is_dtensor(p)]
     if any(p not in _HOMES for p in sharded):
-        _find_homes(sharded)
+        for unit, p, owner, name in pytorch_internals.fsdp_parameters():
+            _HOMES[p] = _Home(weakref.ref(unit), weakref.ref(owner), name)
+        for p in sharded:
+            _HOMES.setdefault(p, None)
     homes = [_HOMES[p] for p in sharded]
-    found = dict.fromkeys(home.module() for home in homes if home is not None)
+    found = dict.fromkeys(home.unit() for home in homes if home is not None)
     return [module for module in found if module is not None]
 
 
-def _find_homes(params: Sequence[Tensor]) -> None:
-    """Note the homes of all sharded parameters, and of `params` also that they have none."""
-    from torch.distributed.fsdp import FSDPModule
-
-    # Not isinstance, which lazy objects answer by loading what they stand for.
-    living = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
-    for unit in living:
-        unit.reshard()
-    for unit in sorted(living, key=lambda m: -sum(1 for _ in m.modules())):  # outermost first
-        for owner in unit.modules():
-            for name, p in owner._parameters.items():
-                if p is not None and is_dtensor(p):
-                    _HOMES[p] = _Home(weakref.ref(unit), weakref.ref(owner), name)
-    for p in params:
-        if p not in _HOMES:
-            _HOMES[p] = None
-
-
 def refuse_gauss_newton(curvature: str, params: Sequence[Tensor]) -> None:
-    """Raise a ValueError for a way to measure that needs a forward-mode derivative."""
+    """Raise a ValueError for a method that needs a forward-mode derivative."""
     if curvature == "gauss_newton" and modules_of(params):
         msg = (
             'curvature must not be "gauss_newton" for modules under fully_shard, which have no '
@@ -81,16 +66,16 @@ def refuse_gauss_newton(curvature: str, params: Sequence[Tensor]) -> None:
 
 
 def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tensor | None]:
-    """Return the mean gradient over the processes, as the hooks of the modules compute it.
+    """Return the mean gradient over the processes, computed by the hooks of the modules.
 
     Parameters
     ----------
     loss : Tensor
         The loss of this process.
     params : sequence of Tensor
-        Of modules under ``fully_shard``; some may be plain. Their ``.grad`` stays as it is.
+        Of modules under ``fully_shard``; some may be plain. Their ``.grad`` is left unchanged.
     sync : bool
-        False keeps the gradient in the modules, which add it to that of the next call.
+        False keeps the gradient in the modules, which add it to the gradient of the next call.
     """
     modules = modules_of(params)
     before = [p.grad for p in params]
@@ -110,38 +95,36 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
 
 
 def unshard(params: Sequence[Tensor]) -> list[Tensor]:
-    """Gather the modules and return the tensors that they compute with, in the order of `params`.
+    """Unshard the modules and return the tensors they compute with, in the order of `params`.
 
-    They stay gathered until `reshard`, also when a backward pass has used them.
+    They stay unsharded until `reshard`, also after a backward pass.
     """
     for module in modules_of(params):
-        if module not in _KEPT:
-            group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
-            _KEPT[module] = getattr(group, "reshard_after_backward", True)
+        if module not in _UNSHARDED:
+            _UNSHARDED[module] = pytorch_internals.reshards_after_backward(module)
             module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
     return [p if (home := _HOMES.get(p)) is None else _present(home) for p in params]
 
 
 def _present(home: _Home) -> Tensor:
-    owner = home.owner()
-    found: Tensor | None = None if owner is None else owner._parameters[home.name]
+    found: Tensor | None = getattr(home.owner(), home.name, None)
     assert found is not None, "a module under fully_shard was deleted in the middle of a step"
     return found
 
 
 def reshard(params: Sequence[Tensor]) -> None:
-    """Let the modules hold their own parts only; what they gather next is up to date."""
+    """Reshard the modules of `params`; what they unshard next is up to date."""
     for module in modules_of(params):
-        if module in _KEPT:
-            module.set_reshard_after_backward(_KEPT.pop(module), recurse=False)
+        if module in _UNSHARDED:
+            module.set_reshard_after_backward(_UNSHARDED.pop(module), recurse=False)
         module.reshard()
 
 
 def reduce_scatter(
     params: Sequence[Tensor], whole: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return the mean of the processes' gradients, laid out like `params`.
+    """Return the mean of the processes' gradients, sharded like `params`.
 
     Parameters
     ----------
@@ -150,8 +133,8 @@ def reduce_scatter(
     whole : sequence of Tensor
         What `unshard` returned for them.
     grads : sequence of Tensor or None
-        The gradient of this process with respect to `whole`; None counts as zero, unless it is None
-        in all processes.
+        The gradient of this process with respect to `whole`. None counts as zero, unless it is
+        None in all processes.
     """
     places = [i for i, p in enumerate(params) if p is not whole[i]]
     result = [None if g is None else g.detach() for g in grads]
@@ -190,7 +173,7 @@ def average(params: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]
 
 
 def redistribute_like(direction: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-    """Return a direction laid out like the parameters in the layout of the gathered ones."""
+    """Return `direction`, which is sharded like the parameters, redistributed like `whole`."""
     result = []
     for u, w in zip(direction, whole, strict=True):
         if not is_dtensor(u) or (is_dtensor(w) and w.device_mesh == u.device_mesh):  # type: ignore[attr-defined]

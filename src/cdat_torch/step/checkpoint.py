@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch.base.direction import independent_of_params
+from cdat_torch.base.direction import adapter_of
 from cdat_torch.distributed.dtensor import all_agree, local
 
 _KEY = "tuner"
@@ -110,7 +110,7 @@ def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
         p = by_index[index]
         for name, value in state.items():
             like = base.state.get(p, {}).get(name)
-            if like is None and independent_of_params(base):
+            if like is None and adapter_of(base).independent_of_params:
                 like = torch.zeros(()) if name in _SCALARS else p
             required = _misfit(name, value, like)
             if required is not None:

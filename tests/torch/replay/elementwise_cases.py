@@ -1,4 +1,4 @@
-"""Functions of single numbers."""
+"""Functions of one number."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay import Recording, graph, recording
-from cdat_torch.curvature.replay.registry import Node, Rule, the_adjoint
+from cdat_torch.curvature.replay.registry import Node, OperationRule, needs_adjoint
 from cdat_torch.kernels import nodes
 
 Loss = Callable[..., Tensor]
@@ -28,15 +28,15 @@ class Case:
     node : str
         The autograd node that it must leave in the graph.
     function : callable
-        Of one tensor for each shape; it returns a tensor or several, the same for the same inputs.
+        A deterministic function of one tensor for each shape; it returns one tensor or several.
     shapes : tuple
         Of the inputs.
     domain : str
         Where the inputs lie: a key of `DOMAINS`.
     label : str
-        What this call is about.
+        What is special about this call.
     falls_back : bool
-        Whether the rule leaves the call to the fallback, in some of the variants at least.
+        Whether the rule leaves the call to double backward, in some of the variants at least.
     """
 
     node: str
@@ -64,7 +64,7 @@ def case(
 
 
 def _apart(w: Tensor) -> Tensor:
-    """Numbers at a distance from each other and from 0, 1, 3: no kink is near."""
+    """Return numbers away from each other and from 0, 1, 3, where functions have kinks."""
     order = torch.randperm(w.numel(), generator=torch.Generator().manual_seed(w.numel()))
     grid = (order - w.numel() // 2).to(w.dtype) * 0.31 + 0.13
     return grid.view(w.shape) + 0.05 * w.sin()
@@ -103,7 +103,7 @@ class Variant:
 
 
 def variants(of: Case) -> list[Variant]:
-    """Return all ways to call a case."""
+    """Return all variants of a case."""
     several = len(of.shapes) > 1
     found = [Variant(), Variant(layout="strided"), Variant(layout="expanded")]
     found += [Variant(active=i) for i in range(len(of.shapes)) if several]
@@ -156,8 +156,8 @@ _STEP = 2.0**-9
 def differences(loss: Loss, params: Sequence[Tensor], u: Sequence[Tensor]) -> list[Tensor]:
     """Return H u by an eighth-order central difference of exact gradients.
 
-    No second derivative of PyTorch is part of it, and at this step truncation and rounding are
-    both below 1e-12 of |H| |u|.
+    It uses no second derivative of PyTorch, and with this step truncation and rounding errors are
+    both below 1e-12 |H| |u|.
     """
 
     def gradient(t: float) -> tuple[Tensor, ...]:
@@ -199,7 +199,8 @@ def assert_exact(
     """Compare slope and curvature with a gradient and with differences of gradients."""
     slope, curvature, grads = replay(loss(*params), params, u)
     product = differences(loss, params, u)
-    # losses and parameters are of order one: of what cancels (the sum of what is normalised) 1e-3
+    # Losses and parameters are of order one. The 1e-3 is for gradients that cancel, such as
+    # that of the sum of a normalised tensor.
     scale = norm(u) * (norm(product) + norm(grads) + 1e-3)
     assert abs(slope - vdot(grads, u)) <= tolerance * scale
     assert abs(curvature - vdot(product, u)) <= tolerance * scale
@@ -216,16 +217,16 @@ class _Everything(set[Any]):
 
 @contextmanager
 def unverified(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Give the names of the nodes that go to the fallback, which then verifies no rule."""
+    """Collect the names of the nodes that use double backward; rules are not verified meanwhile."""
     asked: list[str] = []
-    push = recording.fallback.push
+    apply = recording.double_backward.apply
 
     def noted(node: Node, *tangents: Tensor | None) -> Any:
         asked.append(node.name)
-        return push(node, *tangents)
+        return apply(node, *tangents)
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "_VERIFIED", _Everything())
-        patch.setattr(recording.fallback, "push", noted)
-        patch.setattr(graph, "FALLBACK", Rule(noted, the_adjoint))
+        patch.setattr(recording.double_backward, "apply", noted)
+        patch.setattr(graph, "DOUBLE_BACKWARD", OperationRule(noted, needs_adjoint))
         yield asked

@@ -1,4 +1,4 @@
-"""A small network with its loss, for tests of what surrounds the rules."""
+"""A small network with its loss, for tests that are not about single rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views, indexing, joining and padding."""
+"""Views, indexing, concatenation and padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = torch.tensor([[2, 0, 2], [1, 4, 4]])
 
 
 def in_place(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """Change a copy, which is no leaf."""
+    """Change a copy in place, because a leaf cannot be changed."""
 
     def changed(x: Tensor) -> Tensor:
         y = x * 1.5

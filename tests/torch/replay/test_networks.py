@@ -130,12 +130,12 @@ def test_any_network(layers: list[str], loss: str, tied: bool) -> None:
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.first, self.second_order = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](self.first(x)), inplace=True)
-        return F.relu(x + self.norms[1](self.second(y)))
+        return F.relu(x + self.norms[1](self.second_order(y)))
 
 
 class Attention(nn.Module):
@@ -267,7 +267,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    # the statistics of batch normalisation move, but do not count in training
+    # the running statistics of batch normalisation change, but are not used in training
     return lambda: F.cross_entropy(model(x), y)
 
 

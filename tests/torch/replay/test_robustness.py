@@ -1,4 +1,4 @@
-"""What must not disturb the replay, and what it must not leave behind."""
+"""Input that must not disturb the replay, and the memory and hooks it must not leave behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cdat_torch import CDAT, measure
-from cdat_torch.curvature.replay import Recording, Unsupported, fallback, recording
-from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay import Recording, Unsupported, double_backward, recording
+from cdat_torch.curvature.replay.registry import (
+    OPERATION_RULES,
+    Node,
+    OperationRule,
+    Pushforward,
+    needs_adjoint,
+)
 from tests.torch.models import mlp, parameters, random_like
 from tests.torch.replay.harness import replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, network
@@ -25,7 +31,7 @@ def _nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", ["closure", "backward", "measure"])
 def test_nothing_is_left_of_a_step(form: str) -> None:
-    """Without the collector of cycles, too; at the end rounding is all there is of the slope."""
+    """Not even for the garbage collector. In the end the slope is rounding error only."""
     model, x, y = mlp(4, 6, 3), torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
     optimizer = CDAT(torch.optim.SGD(model.parameters(), lr=1.0), sigma=1.0)
     u = random_like(parameters(model))
@@ -75,14 +81,14 @@ def test_nothing_is_left_of_a_step(form: str) -> None:
         lambda w: w @ (w.view(4, 1) * torch.nan),
     ],
 )
-def test_what_is_not_finite_is_no_mismatch(function) -> None:  # type: ignore[no-untyped-def]
+def test_values_that_are_not_finite_are_no_mismatch(function) -> None:  # type: ignore[no-untyped-def]
     w = torch.randn(4, dtype=torch.float64, requires_grad=True)
     found = measure(lambda: function(w).sum(), [w], [torch.randn_like(w)], curvature="replay")
     assert not (torch.isfinite(found.curvature) and torch.isfinite(found.slope))
 
 
-def test_what_cancels_is_no_mismatch() -> None:
-    """Rounding is all that the second mean finds."""
+def test_cancellation_is_no_mismatch() -> None:
+    """The second mean is rounding error only."""
     w = torch.randn(6, 4, requires_grad=True)
 
     def loss() -> Tensor:
@@ -93,7 +99,7 @@ def test_what_cancels_is_no_mismatch() -> None:
     assert torch.isfinite(found.curvature)
 
 
-def test_the_first_sweep_draws_no_random_numbers_of_the_user() -> None:
+def test_the_first_sweep_leaves_the_random_state_alone() -> None:
     model, u = network(), random_like(parameters(network()))
     before = torch.get_rng_state()
     measure(closure_of(model), parameters(model), u, curvature="replay")
@@ -153,7 +159,7 @@ def test_half_precision_is_as_exact_as_double_backward() -> None:
 def test_fused_attention_in_half_precision_is_as_exact_as_double_backward(
     dtype: torch.dtype, kind: str
 ) -> None:
-    """Which runs the kernel of single operations."""
+    """Double backward runs the math kernel."""
     heads = 1 if kind == "grouped" else 2
     x = torch.randn(3, 10, 16).to(dtype)
     mask = torch.randn(10, 10).to(dtype)
@@ -180,7 +186,7 @@ def test_fused_attention_in_half_precision_is_as_exact_as_double_backward(
 
 
 def test_parameters_that_are_results_are_left_to_double_backward() -> None:
-    """A replay would follow the graph below them."""
+    """A replay would go on into the graph that computed them."""
     v = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     w, x = v.exp(), torch.randn(5, 4, dtype=torch.float64)
     loss = lambda: (x @ w).tanh().square().sum()
@@ -204,25 +210,25 @@ def test_ctrl_c_in_backward_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt), watched.watching():
         interrupted()
     for node in watched._graph.nodes:
-        node.detached()
+        node.release()
     torch.autograd.grad(loss, params, retain_graph=True)
     assert all(node.adjoints == () for node in watched._graph.nodes)
 
 
-@pytest.mark.parametrize("where", ["rule", "fallback"])
+@pytest.mark.parametrize("where", ["rule", "double_backward"])
 def test_ctrl_c_in_the_sweep_leaves_no_hooks(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     loss = torch.lerp(a.sin(), b.cos(), 0.3).square().sum()
     expected = torch.autograd.grad(loss, [a, b], retain_graph=True)
 
-    def interrupt(*args: object) -> Pushed:
+    def interrupt(*args: object) -> Pushforward:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         if where == "rule":
-            patch.setitem(RULES, "PowBackward0", Rule(interrupt, the_adjoint))
+            patch.setitem(OPERATION_RULES, "PowBackward0", OperationRule(interrupt, needs_adjoint))
         else:
-            patch.setattr(fallback, "_derived", interrupt)
+            patch.setattr(double_backward, "_differentiate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             replay(loss, [a, b], [a.detach(), b.detach()])
     watched = Recording(loss, [a, b])

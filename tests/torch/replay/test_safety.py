@@ -1,4 +1,4 @@
-"""What happens where the graph cannot be replayed, or is not replayed exactly."""
+"""Graphs that cannot be replayed, or are not replayed exactly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cdat_torch import CDAT, measure
+from cdat_torch import CDAT, measure, pytorch_internals
 from cdat_torch.curvature.replay import Mismatch, Recording, Unsupported, recording
-from cdat_torch.curvature.replay.registry import RULES, Node, Pushed, Rule, the_adjoint
+from cdat_torch.curvature.replay.registry import (
+    OPERATION_RULES,
+    Node,
+    OperationRule,
+    Pushforward,
+    needs_adjoint,
+)
 from tests.torch.models import parameters, random_like
 from tests.torch.replay.harness import assert_exact, differences, replay, vdot
 from tests.torch.replay.small import X, Y, closure_of, double_backward, network
@@ -26,7 +32,7 @@ def _nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cube(torch.autograd.Function):
-    """An operation that no rule knows, with a second derivative."""
+    """An operation without a rule, but with a second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,26 +68,28 @@ def test_double_backward_takes_over_for_an_unknown_operation(
         measure(closure_of(model), parameters(model), u, curvature="replay")
 
 
-def _wrong_tangent(node: Node, dx: Tensor) -> Pushed:
-    return RIGHT.push(node, dx)._replace(tangents=1.5 * node.vjp(dx)[0])
+def _wrong_tangent(node: Node, dx: Tensor) -> Pushforward:
+    return RIGHT.apply(node, dx)._replace(tangents=1.5 * node.vjp(dx)[0])
 
 
-def _wrong_second(node: Node, dx: Tensor) -> Pushed:
-    right = RIGHT.push(node, dx)
-    return right._replace(second=1.01 * right.second)
+def _wrong_second(node: Node, dx: Tensor) -> Pushforward:
+    right = RIGHT.apply(node, dx)
+    return right._replace(second_order=1.01 * right.second_order)
 
 
-def _raises(node: Node, dx: Tensor) -> Pushed:
-    return Pushed(node.saved("a tensor that PyTorch has renamed"))
+def _raises(node: Node, dx: Tensor) -> Pushforward:
+    return Pushforward(node.saved("a tensor that PyTorch has renamed"))
 
 
-RIGHT = RULES["TanhBackward0"]
+RIGHT = OPERATION_RULES["TanhBackward0"]
 WRONG = {"tangent": _wrong_tangent, "second order": _wrong_second, "raises": _raises}
 
 
 @pytest.fixture(params=WRONG)
 def wrong_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "TanhBackward0", Rule(WRONG[request.param], the_adjoint))
+    monkeypatch.setitem(
+        OPERATION_RULES, "TanhBackward0", OperationRule(WRONG[request.param], needs_adjoint)
+    )
 
 
 @pytest.mark.usefixtures("wrong_rule")
@@ -101,7 +109,9 @@ def test_a_wrong_tangent_is_noticed_in_a_graph_that_was_verified(
     model = network()
     u = random_like(parameters(model))
     measure(closure_of(model), parameters(model), u, curvature="replay")
-    monkeypatch.setitem(RULES, "TanhBackward0", Rule(_wrong_tangent, the_adjoint))
+    monkeypatch.setitem(
+        OPERATION_RULES, "TanhBackward0", OperationRule(_wrong_tangent, needs_adjoint)
+    )
     with pytest.raises(Mismatch, match="the replayed slope is"):
         measure(closure_of(model), parameters(model), u, curvature="replay")
 
@@ -142,9 +152,47 @@ def test_double_backward_takes_over_from_a_wrong_rule_in_a_step(form: str) -> No
     assert len(caught) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the autograd graph was not replayed exactly")
+@pytest.mark.parametrize("name", ["saved", "output_metadata"])
+@pytest.mark.parametrize("form", ["closure", "backward"])
+@pytest.mark.parametrize("middle", [nn.Tanh, lambda: nn.BatchNorm1d(7)], ids=["tanh", "norm"])
+def test_double_backward_takes_over_where_pytorch_lacks_a_private_name(
+    name: str, form: str, middle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph, a hook of the backward pass or a rule finds out."""
+
+    def missing(*args: Any) -> None:
+        msg = "no such name"
+        raise pytorch_internals.MissingInternal(msg)
+
+    monkeypatch.setattr(pytorch_internals, name, missing)
+    model = network(middle())
+    other = copy.deepcopy(model)
+    ours = CDAT(torch.optim.Adam(model.parameters()))
+    theirs = CDAT(torch.optim.Adam(other.parameters()), curvature="hvp")
+    for _ in range(2):
+        found, wanted = step(model, ours, form), step(other, theirs, form)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    with pytest.raises(Unsupported, match="no such name"):
+        measure(closure_of(model), parameters(model), parameters(model), curvature="replay")
+
+
+def test_a_private_name_that_is_missing_is_named() -> None:
+    node = torch.ones(2, requires_grad=True).exp().grad_fn
+    with pytest.raises(pytorch_internals.MissingInternal, match="ExpBackward0 has no .*_saved_x"):
+        pytorch_internals.saved(node, "x")
+    with pytest.raises(pytorch_internals.MissingInternal, match="no attribute _input_metadata"):
+        pytorch_internals.output_metadata(NoMetadata())
+
+
+class NoMetadata:
+    def name(self) -> str:
+        return "Node"
+
+
 @pytest.mark.parametrize("change", [lambda g: g.mul_(0.1), lambda g: g.zero_()])
 def test_gradients_that_are_changed_in_place_do_no_harm(change) -> None:  # type: ignore[no-untyped-def]
-    """Clipping reaches the tensors that backward has returned."""
+    """Clipping changes the tensors that backward has returned."""
     model = nn.Sequential(
         nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 2), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(),
         nn.Linear(16, 5), nn.LayerNorm(5), nn.Softmax(-1), nn.Linear(5, 3),
@@ -220,7 +268,7 @@ class Checkpointed(nn.Module):
 def test_activation_checkpoints_are_left_to_double_backward(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Outside of a backward pass the segment runs again for each tensor that is read."""
+    """Outside of a backward pass the segment would run again for each tensor that is read."""
     middle = Checkpointed()
     model = network(middle)
     u = random_like(parameters(model))
@@ -252,14 +300,14 @@ def test_other_hooks_on_saved_tensors_are_no_obstacle() -> None:
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """Let a test compile; the others find a process that has compiled nothing."""
+    """Reset the compiler, so that other tests run in a process that has compiled nothing."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore")  # of the compiler, which sees Python of its own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
 def test_compiled_modules_are_replayed_uncompiled() -> None:
     model = network(nn.BatchNorm1d(7))
     compiled = torch.compile(model, backend="aot_eager")

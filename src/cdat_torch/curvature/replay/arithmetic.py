@@ -1,4 +1,4 @@
-"""Inner products and scaled sums, accurate and without surplus memory."""
+"""Accurate inner products and scaled sums that need little memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-# Long float32 sums lose digits, and second-order terms cancel: the parts are summed in float64.
 CHUNK = 2**15
+"""Elements that are summed in float32; the sums of chunks are added in float64.
+
+Long float32 sums lose digits, and second-order terms cancel."""
 HALF = (torch.bfloat16, torch.float16)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of ``a * b``, 0-d; float64 for what is longer than a chunk."""
+    """Return the sum of ``a * b``, 0-d; in float64 if it is longer than a chunk."""
     if a.shape != b.shape:
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = a.expand(shape), b.expand(shape)
@@ -28,7 +30,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both flattened in the same order, without a copy if they are laid out alike."""
+    """Return both flattened in the same order, without a copy if their layouts agree."""
     if a.dim() > 1 and not a.is_contiguous() and a.stride() == b.stride():
         strides = a.stride()
         order = sorted(range(a.dim()), key=lambda i: -strides[i])
@@ -39,16 +41,16 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_scaled(x: Tensor, factor: Tensor | float, y: Tensor) -> Tensor:
-    """Return ``x + factor * y``, without waiting for a device; for its factors, see `balance`."""
+    """Return ``x + factor * y``, without a synchronisation; `balance` gives the factor."""
     if isinstance(factor, Tensor):
         return torch.addcmul(x, y, factor.to(x.dtype))
     return torch.add(x, y, alpha=factor)
 
 
 def balance(x: Tensor, tangent: Tensor) -> Tensor | float:
-    """Return about the length of `x` over that of its tangent, finite and positive.
+    """Return an estimate of |x| / |x'|, finite and positive.
 
-    That is a number where reading it costs nothing, and else a 0-d tensor.
+    On a CPU it is a number; on other devices, where reading it would synchronise, a 0-d tensor.
     """
     if x.device.type == "cpu":
         length, other = float(_length(x)), float(_length(tangent))
@@ -60,7 +62,7 @@ def balance(x: Tensor, tangent: Tensor) -> Tensor | float:
 
 
 def _length(t: Tensor) -> Tensor:
-    """Return about the root mean square, from a sample of all rows as far as possible."""
+    """Return the root mean square, estimated from a sample that covers as many rows as it can."""
     step, index = max(1, t.numel() // 4096), []
     for size in reversed(t.shape):
         skip = max(1, min(step, size))

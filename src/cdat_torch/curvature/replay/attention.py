@@ -1,8 +1,8 @@
 """Scaled dot-product attention by the fused kernel of the CPU.
 
 o = P v with P = softmax(S) and S = q k' scale (+ mask). The kernel saves q, k, v, o and the
-logarithm of the normaliser, from which P comes back block by block; what a block needs is of the
-size of a block. With lambda the adjoint of o, D = (lambda v' - <lambda, o>) P is that of S. Then
+logarithm of the normaliser, from which P is recomputed block by block; the memory needed is that of
+a block. With lambda the adjoint of o, D = (lambda v' - <lambda, o>) P is the adjoint of S. Then
 
     S'  = (q' k + q k') scale           P' = P (S' - E S')          o' = P' v + P v'
     second order = sum D (S' - E S')^2 + 2 <D, q' k' scale> + 2 <lambda, P' v'>.
@@ -10,12 +10,16 @@ size of a block. With lambda the adjoint of o, D = (lambda v' - <lambda, o>) P i
 The two products with two tangents are formed as in `cdat_torch.curvature.replay.products`:
 <D, q' k' scale> from the product (q + a q') k' and the gradient of k, and <lambda, P' v'> from
 (P + P') v' and the gradient of v.
+
+`attention` prepares the inputs, `_flatten` selects some heads of them, `_push_rows` carries the
+tangents through some rows of their scores.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +28,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cdat_torch.curvature.replay.arithmetic import HALF, add_scaled, balance, dot
-from cdat_torch.curvature.replay.registry import Node, Pushed, Tangent, rule
+from cdat_torch.curvature.replay.registry import Node, Pushforward, Tangent, nonlinear
 
-_BLOCK = 128
+_ROWS = 128
 """Rows of the scores that are in memory at a time."""
-_ENTRIES = 2**17
+_SCORES = 2**17
 """About how many scores: fewer would fit the cache, but cost more calls."""
 
-_Index = tuple[slice, slice]
-"""Some of the batch and some of the heads."""
 
-
-def _in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def _by_math_kernel(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
     causal, scale = node.saved("is_causal"), node.saved("scale")
     grouped = node.saved("query").shape[-3] != node.saved("key").shape[-3]
 
@@ -48,84 +49,118 @@ def _in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return attend, [node.saved(name) for name in ("query", "key", "value")]
 
 
-@rule("ScaledDotProductFlashAttentionForCpuBackward0", gradients=(1, 2), forward=_in_parts)
+@nonlinear(
+    "ScaledDotProductFlashAttentionForCpuBackward0", gradients=(1, 2), reference=_by_math_kernel
+)
 def attention(node: Node, dq: Tangent, dk: Tangent, dv: Tangent, *mask: Tangent) -> Any:
-    """As in the head of this module; dropout and a mask that depends on parameters are not."""
+    """As derived at the head of this module; without dropout and with a constant mask."""
     if node.saved("dropout_p") or any(m is not None for m in mask):
         return NotImplemented
-    query, key, value = (node.saved(name) for name in ("query", "key", "value"))
-    out, normaliser, bias = (node.saved(name) for name in ("output", "logsumexp", "attn_mask"))
-    shared = query.shape[-3] // key.shape[-3]  # query heads for each head of keys
-    scale, causal = node.saved("scale"), node.saved("is_causal")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    adjoint, precision = node.adjoint, normaliser.dtype  # single for tensors of half precision
-    coarse = query.dtype in HALF
+    with_key, with_value = _known_terms(node, dk, dv)
+    inputs = _prepare(node, dq, dk, dv)
+    tangent, terms = torch.empty_like(inputs.out), []
+    for of_queries, of_keys in _chunks(inputs.query, inputs.key):
+        heads, part = _flatten(inputs, of_queries, of_keys), tangent[of_queries]
+        for rows in _row_blocks(part.shape[-2]):
+            do, sums = _push_rows(heads, rows, inputs)
+            part[..., rows, :] = do.view_as(part[..., rows, :])
+            terms.append(sums)
+    if node.first_order:
+        return Pushforward([tangent, None])
+    squares, key_term, value_term = torch.stack(terms).sum(0, dtype=torch.float64)
+    second_order = squares + 2 * (key_term - with_key) / inputs.a + 2 * (value_term - with_value)
+    return Pushforward([tangent, None], second_order)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the kernel has saved, and the tangents, zeros for those that are None.
+
+    Attributes
+    ----------
+    inner : Tensor
+        <lambda, o> for each row.
+    bias : Tensor or None
+        The mask, for all scores.
+    a : float or 0-d Tensor
+        About |q| / |q'|.
+    precision : torch.dtype
+        Of the computation: single for tensors of half precision.
+    coarse : bool
+        Whether the inputs, and so the gradients, are of half precision.
+    """
+
+    query: Tensor
+    dq: Tensor
+    key: Tensor
+    dk: Tensor
+    value: Tensor
+    dv: Tensor
+    out: Tensor
+    adjoint: Tensor
+    inner: Tensor
+    normaliser: Tensor
+    bias: Tensor | None
+    a: Tensor | float
+    scale: float
+    causal: bool
+    coarse: bool
+    precision: torch.dtype
+
+
+def _known_terms(node: Node, dk: Tangent, dv: Tangent) -> tuple[Tensor | float, Tensor | float]:
+    """Return <g_k, k'> and <g_v, v'>, 0 where they do not enter."""
     grad_key, grad_value = node.gradient(1), node.gradient(2)
     changed = (dk is not None and grad_key is None) or (dv is not None and grad_value is None)
     if changed and not node.first_order:
-        grad_key, grad_value = node.vjp(adjoint)[1:3]
+        grad_key, grad_value = node.vjp(node.adjoint)[1:3]
+    coarse = node.saved("query").dtype in HALF
     with_key = 0.0 if dk is None or grad_key is None or coarse else dot(grad_key, dk)
     with_value = 0.0 if dv is None or grad_value is None or coarse else dot(grad_value, dv)
+    return with_key, with_value
+
+
+def _prepare(node: Node, dq: Tangent, dk: Tangent, dv: Tangent) -> _Inputs:
+    query, key, value = (node.saved(name) for name in ("query", "key", "value"))
+    out, normaliser, bias = (node.saved(name) for name in ("output", "logsumexp", "attn_mask"))
+    scale, adjoint, precision = node.saved("scale"), node.adjoint, normaliser.dtype
     dq, dk, dv = (
         torch.zeros_like(like) if t is None else t
         for t, like in ((dq, query), (dk, key), (dv, value))
     )
-    inner = (adjoint * out).sum(-1, keepdim=True, dtype=precision)
-    if bias is not None:
-        bias = bias.expand(*query.shape[:-1], key.shape[-2])
-
-    def flat(t: Tensor) -> Tensor:
-        return t.reshape(-1, *t.shape[-2:]).to(t.dtype if t.dtype == torch.bool else precision)
-
-    a = balance(query, dq)
-    tangent, terms = torch.empty_like(out), []
-    for some, of_keys in _groups(query, key):
-
-        def by_head(t: Tensor, some: _Index = some) -> Tensor:
-            return flat(t[some])
-
-        def by_query_head(t: Tensor, some: _Index = of_keys) -> Tensor:
-            return flat(t[some] if shared == 1 else t[some].repeat_interleave(shared, -3))
-
-        q, tangent_q = by_head(query), by_head(dq)
-        k, tangent_k = by_query_head(key), by_query_head(dk)
-        v, tangent_v = by_query_head(value), by_query_head(dv)
-        queries = _Queries(
-            q=q,
-            dq=tangent_q,
-            mixed_q=add_scaled(q, a, tangent_q),
-            adjoint=by_head(adjoint),
-            inner=by_head(inner),
-            normaliser=by_head(normaliser.unsqueeze(-1)),
-        )
-        keys = _Keys(
-            k=k,
-            dk=tangent_k,
-            mixed_k=add_scaled(k, -a, tangent_k),
-            v=v,
-            dv=tangent_v,
-            rest_v=v - tangent_v,
-        )
-        here, there = None if bias is None else by_head(bias), tangent[some]
-        for rows in _blocks(query.shape[-2]):
-            part, found = _push(queries, keys, here, scale, rows, causal=causal, coarse=coarse)
-            there[..., rows, :] = part.view_as(there[..., rows, :])
-            terms.append(found)
-    if node.first_order:
-        return Pushed([tangent, None])
-    sums = torch.stack(terms).sum(0, dtype=torch.float64)
-    second = sums[0] + 2 * (sums[1] - with_key) / a + 2 * (sums[2] - with_value)
-    return Pushed([tangent, None], second)
+    return _Inputs(
+        query=query,
+        dq=dq,
+        key=key,
+        dk=dk,
+        value=value,
+        dv=dv,
+        out=out,
+        adjoint=adjoint,
+        inner=(adjoint * out).sum(-1, keepdim=True, dtype=precision),
+        normaliser=normaliser.unsqueeze(-1),
+        bias=None if bias is None else bias.expand(*query.shape[:-1], key.shape[-2]),
+        a=balance(query, dq),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        causal=node.saved("is_causal"),
+        coarse=query.dtype in HALF,
+        precision=precision,
+    )
 
 
-def _groups(query: Tensor, key: Tensor) -> Iterator[tuple[_Index, _Index]]:
+_Index = tuple[slice, slice]
+"""Some of the batch and some of the heads."""
+
+
+def _chunks(query: Tensor, key: Tensor) -> Iterator[tuple[_Index, _Index]]:
     """Divide batch and heads so that what is computed at a time stays in the cache.
 
-    Each part is an index of what belongs to queries and one of what belongs to keys.
+    Each chunk is an index of the queries and one of the keys, as a head of keys may serve several
+    heads of queries (grouped queries).
     """
     number, heads, length, _ = query.shape
     shared = heads // key.shape[-3]
-    together = max(1, _ENTRIES // (min(length, _BLOCK) * key.shape[-2]))
+    together = max(1, _SCORES // (min(length, _ROWS) * key.shape[-2]))
     of_batch, of_keys = max(1, together // heads), max(1, min(together, heads) // shared)
     for first in range(0, number, of_batch):
         batch = slice(first, first + of_batch)
@@ -134,13 +169,12 @@ def _groups(query: Tensor, key: Tensor) -> Iterator[tuple[_Index, _Index]]:
             yield (batch, slice(start * shared, stop * shared)), (batch, slice(start, stop))
 
 
-def _blocks(length: int) -> list[slice]:
-    """Divide the rows."""
-    return [slice(first, min(first + _BLOCK, length)) for first in range(0, length, _BLOCK)]
+def _row_blocks(length: int) -> list[slice]:
+    return [slice(first, min(first + _ROWS, length)) for first in range(0, length, _ROWS)]
 
 
 class _Queries(NamedTuple):
-    """What belongs to queries, by head: (batch times heads, length, width or 1)."""
+    """Of each query of some heads: (batch times heads, length, width or 1)."""
 
     q: Tensor
     dq: Tensor
@@ -151,7 +185,7 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What belongs to keys, by head: (batch times heads, number of keys, width)."""
+    """Of each key of these heads: (batch times heads, number of keys, width)."""
 
     k: Tensor
     dk: Tensor
@@ -161,28 +195,58 @@ class _Keys(NamedTuple):
     rest_v: Tensor
 
 
-def _push(
-    queries: _Queries,
-    keys: _Keys,
-    mask: Tensor | None,
-    scale: float,
-    rows: slice,
-    *,
-    causal: bool,
-    coarse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return o' in some rows, and there sum D (S' - E S')^2, <D, (q + a q') k'> and so on.
+class _Heads(NamedTuple):
+    queries: _Queries
+    keys: _Keys
+    bias: Tensor | None
 
-    The third sum is <lambda, (P + P') v'>. The gradients of `coarse` numbers are too far from what
-    is computed here: <D, q k'> and <lambda, P v'>, which they tell otherwise, are subtracted.
+
+def _flatten(inputs: _Inputs, of_queries: _Index, of_keys: _Index) -> _Heads:
+    """Return some heads, batch and heads as one dimension."""
+    shared = inputs.query.shape[-3] // inputs.key.shape[-3]
+
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(-1, *t.shape[-2:]).to(inputs.precision)
+
+    def by_query(t: Tensor) -> Tensor:
+        return flat(t[of_queries])
+
+    def by_key(t: Tensor) -> Tensor:
+        return flat(t[of_keys] if shared == 1 else t[of_keys].repeat_interleave(shared, -3))
+
+    q, dq = by_query(inputs.query), by_query(inputs.dq)
+    k, dk = by_key(inputs.key), by_key(inputs.dk)
+    v, dv = by_key(inputs.value), by_key(inputs.dv)
+    queries = _Queries(
+        q=q,
+        dq=dq,
+        mixed_q=add_scaled(q, inputs.a, dq),
+        adjoint=by_query(inputs.adjoint),
+        inner=by_query(inputs.inner),
+        normaliser=by_query(inputs.normaliser),
+    )
+    keys = _Keys(k=k, dk=dk, mixed_k=add_scaled(k, -inputs.a, dk), v=v, dv=dv, rest_v=v - dv)
+    bias = None if inputs.bias is None else inputs.bias[of_queries]
+    if bias is not None:
+        bias = bias.reshape(-1, *bias.shape[-2:]) if bias.dtype == torch.bool else flat(bias)
+    return _Heads(queries, keys, bias)
+
+
+def _push_rows(heads: _Heads, rows: slice, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """Return o' in some rows, and three sums over them.
+
+    They are sum D (S' - E S')^2, <D, (q + a q') k' scale> and <lambda, (P + P') v'>. The gradients
+    of half precision are too inexact for <D, q k' scale> and <lambda, P v'>: these two are then
+    computed and subtracted here.
     """
-    seen = slice(rows.stop if causal else None)
-    q, dq, mixed_q, adjoint, inner, normaliser = (t[:, rows] for t in queries)
-    k, dk, mixed_k, v, dv, rest_v = (t[:, seen] for t in keys)
+    scale, causal, coarse = inputs.scale, inputs.causal, inputs.coarse
+    columns = slice(rows.stop if causal else None)
+    q, dq, mixed_q, adjoint, inner, normaliser = (t[:, rows] for t in heads.queries)
+    k, dk, mixed_k, v, dv, rest_v = (t[:, columns] for t in heads.keys)
     p = torch.baddbmm(normaliser, q, k.mT, beta=-1, alpha=scale)
-    if mask is not None:
-        here = mask[:, rows, seen]
-        p = p.masked_fill_(~here, -math.inf) if here.dtype == torch.bool else p.add_(here)
+    if heads.bias is not None:
+        bias = heads.bias[:, rows, columns]
+        p = p.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else p.add_(bias)
     p.exp_()
     if causal:
         p.tril_(rows.start)
@@ -195,7 +259,7 @@ def _push(
     ds.sub_((p * ds).sum(-1, keepdim=True))
     dp = p * ds
     squares = dot(d.mul_(ds), ds)
-    rest = dot(adjoint, torch.bmm(p, dv)) if coarse else 0.0
-    tangent = torch.bmm(p.add_(dp), dv)
-    terms = torch.stack([squares, with_key, dot(adjoint, tangent) - rest])
-    return tangent.baddbmm_(dp, rest_v), terms
+    known = dot(adjoint, torch.bmm(p, dv)) if coarse else 0.0
+    do = torch.bmm(p.add_(dp), dv)
+    sums = torch.stack([squares, with_key, dot(adjoint, do) - known])
+    return do.baddbmm_(dp, rest_v), sums

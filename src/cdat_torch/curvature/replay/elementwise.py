@@ -1,6 +1,6 @@
-"""Functions of single numbers: y = f(x), y' = f'(x) x' and y'' = f''(x) x'^2.
+"""Functions of one number: y = f(x), y' = f'(x) x' and y'' = f''(x) x'^2.
 
-The Jacobian is diagonal, so y' is what the node's own backward makes of x'. A rule gives f''.
+The Jacobian is diagonal, so the node's own backward applied to x' gives y'. A rule gives f''.
 """
 
 from __future__ import annotations
@@ -13,58 +13,58 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay.arithmetic import dot
-from cdat_torch.curvature.replay.registry import Node, Pushed, Tangent, linear, rule
+from cdat_torch.curvature.replay.registry import Node, Pushforward, Tangent, linear, nonlinear
 
-_PART = 2**16
-"""Entries of which F'' is in memory at a time."""
+_CHUNK = 2**16
+"""Elements per chunk: f'' of one chunk is in memory at a time."""
 
 
 def elementwise(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register ``factor(node) -> f''(x)`` for the autograd nodes of these names.
 
-    A constant that is common to all entries may come beside, as ``(constant, f''(x) / constant)``.
+    It may return ``(constant, f''(x) / constant)`` instead.
     """
 
     def register(factor: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
+        def apply(node: Node, dx: Tensor, *others: Tangent) -> Any:
             if any(other is not None for other in others):
                 return NotImplemented
             dy = node.vjp(dx)[0]
-            return Pushed(dy, None if node.first_order else _second_order(node, dx, factor))
+            return Pushforward(dy, None if node.first_order else _second_order(node, dx, factor))
 
-        rule(*names)(push)
+        nonlinear(*names)(apply)
         return factor
 
     return register
 
 
-class _Part:
-    """A node of which some of the entries are looked at, in the order of its flattened tensors."""
+class _Chunk:
+    """A node seen through a window: some elements of its flattened tensors."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._saved: dict[str, Any] = {}
-        self.entries = slice(None)
+        self.elements = slice(None)
 
     def saved(self, name: str) -> Any:
-        """Return what the forward pass has saved of these entries."""
+        """Return what the forward pass has saved of these elements."""
         if name not in self._saved:
             value = self._node.saved(name)
             self._saved[name] = value.reshape(-1) if isinstance(value, Tensor) else value
         value = self._saved[name]
-        return value[self.entries] if isinstance(value, Tensor) else value
+        return value[self.elements] if isinstance(value, Tensor) else value
 
 
 def _second_order(node: Node, dx: Tensor, factor: Callable[[Any], Any]) -> Tensor:
-    """Return <adjoint, f'' x'^2>, on a CPU by parts that about stay in its cache."""
+    """Return <adjoint, f'' x'^2>; on a CPU in chunks that about fit its cache."""
     adjoint = node.adjoint
     if dx.device.type != "cpu" or not (dx.is_contiguous() and adjoint.is_contiguous()):
         return _term(adjoint, dx, factor(node))
     adjoint, dx = adjoint.view(-1), dx.view(-1)
-    part, terms = _Part(node), []
-    for start in range(0, max(1, dx.numel()), _PART):
-        part.entries = slice(start, start + _PART)
-        terms.append(_term(adjoint[part.entries], dx[part.entries], factor(part)))
+    chunk, terms = _Chunk(node), []
+    for start in range(0, max(1, dx.numel()), _CHUNK):
+        chunk.elements = slice(start, start + _CHUNK)
+        terms.append(_term(adjoint[chunk.elements], dx[chunk.elements], factor(chunk)))
     return torch.stack(terms).sum(dtype=torch.float64)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from cdat_torch.curvature.replay import fallback
+from cdat_torch.curvature.replay import double_backward
 from cdat_torch.curvature.replay.registry import (
     LEAF,
-    RULES,
+    OPERATION_RULES,
     Edge,
     Needs,
     Node,
-    Rule,
+    OperationRule,
     Unsupported,
-    the_adjoint,
+    needs_adjoint,
 )
+from cdat_torch.pytorch_internals import MissingInternal, unpack_hook
 
-FALLBACK = Rule(fallback.push, the_adjoint)
+DOUBLE_BACKWARD = OperationRule(double_backward.apply, needs_adjoint)
+"""The rule for operations without their own."""
 
 
 class Graph:
@@ -36,26 +37,30 @@ class Graph:
     variables : sequence of Tensor
         The parameters, leaves of the graph.
     outputs : sequence of Tensor, optional
-        Tensors up to which operations count as linear: those of the model, for the Gauss-Newton
-        curvature.
+        For the Gauss-Newton curvature, the outputs of the model: operations up to them count as
+        linear.
 
     Attributes
     ----------
     nodes : list of Node
         The operations that depend on a parameter.
+    needs : list of Needs
+        What their rules need of the backward pass.
     leaves : dict
-        By edge, the parameter that it is.
+        The parameters, by edge.
     uses : Counter
         How many operations read each edge.
     root : Edge
         The loss.
+    signature : tuple
+        The operations, with dimensions and dtype of their outputs; sizes do not count.
 
     Raises
     ------
     Unsupported
-        If an operation between them has neither a rule nor a place among the checked ones, if what
-        it has saved comes out of an activation checkpoint, or if the loss depends on a parameter
-        beside the outputs.
+        If an operation has no rule and is not among those that double backward is checked for; if
+        it is inside an activation checkpoint; if the loss depends on a parameter other than through
+        the outputs; or if this PyTorch does not show what an operation has saved.
     """
 
     def __init__(
@@ -65,30 +70,34 @@ class Graph:
         self.leaves: dict[Edge, Tensor] = {}
         self.uses: Counter[Edge] = Counter()
         self.root: Edge = (loss.grad_fn, loss.output_nr)
-        known = {id(v) for v in variables}
-        active: set[Any] = set()
-        for found in _inputs_first(loss.grad_fn):
-            name = found.name()
-            if name == LEAF:
-                if id(found.variable) in known:
-                    active.add(found)
-                    self.leaves[found, 0] = found.variable
-                continue
-            reached = [edge for edge in found.next_functions if edge[0] in active]
-            if reached:
-                if name not in RULES and name not in fallback.CHECKED:
-                    msg = f"{name} has no rule"
-                    raise Unsupported(msg)
-                if _is_checkpointed(found):
-                    msg = f"{name} is inside an activation checkpoint, which each rule would repeat"
-                    raise Unsupported(msg)
-                active.add(found)
-                self.uses.update(reached)
-                self.nodes.append(Node(found))
+        self._collect({id(v) for v in variables})
         if outputs is not None:
             self._linear_up_to({(e.node, e.output_nr) for e in map(get_gradient_edge, outputs)})
+        try:
+            self.needs = [self._needs_of(node) for node in self.nodes]
+            self.signature = tuple(_description(node) for node in self.nodes)
+        except MissingInternal as error:
+            raise Unsupported(str(error)) from error
+
+    def _collect(self, variables: set[int]) -> None:
+        """Find the nodes that depend on variables, given by id."""
+        active: set[Any] = set()
+        for node in _inputs_first(self.root[0]):
+            name = node.name()
+            if name == LEAF:
+                if id(node.variable) in variables:
+                    active.add(node)
+                    self.leaves[node, 0] = node.variable
+                continue
+            reached = [edge for edge in node.next_functions if edge[0] in active]
+            if reached:
+                _check_supported(node, name)
+                active.add(node)
+                self.uses.update(reached)
+                self.nodes.append(Node(node))
 
     def _linear_up_to(self, ends: set[Edge]) -> None:
+        """Mark the operations of the model, which end in these edges, as linear."""
         if not ends:
             msg = "the outputs of the model do not depend on parameters"
             raise Unsupported(msg)
@@ -111,43 +120,41 @@ class Graph:
         """Return for each input of a node whether it depends on a parameter."""
         return [edge in self.uses for edge in node.edges]
 
-    def needs(self, node: Node) -> Needs:
-        """Return what a node's rule needs of the backward pass."""
+    def _needs_of(self, node: Node) -> Needs:
         return Needs() if node.first_order else rule_of(node).needs(node, self.active(node))
-
-    @functools.cached_property
-    def signature(self) -> tuple[Any, ...]:
-        """What tells graphs of different operations apart; sizes do not count."""
-        described = [(node.name, node.metadata(), node.first_order) for node in self.nodes]
-        return tuple((name, len(like.shape), like.dtype, f) for name, like, f in described)
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Those of all results; autocast computes in others than the parameters have."""
+        """The dtypes of all results; under autocast they differ from those of the parameters."""
         return {dtype for _, _, dtype, _ in self.signature}
 
 
-def rule_of(node: Node) -> Rule:
-    """Return the rule for a node, the fallback for operations that have none."""
-    return RULES.get(node.name, FALLBACK)
+def rule_of(node: Node) -> OperationRule:
+    """Return the rule for a node: its own, or else double backward."""
+    return OPERATION_RULES.get(node.name, DOUBLE_BACKWARD)
+
+
+def _check_supported(node: Any, name: str) -> None:
+    if name not in OPERATION_RULES and name not in double_backward.CHECKED:
+        msg = f"{name} has no rule"
+        raise Unsupported(msg)
+    if _is_checkpointed(node):
+        msg = f"{name} is inside an activation checkpoint, which each rule would repeat"
+        raise Unsupported(msg)
 
 
 def _is_checkpointed(node: Any) -> bool:
-    """Return whether each look at what a node has saved repeats a part of the forward pass.
+    """Return whether a node is inside an activation checkpoint.
 
-    Only within one backward pass an activation checkpoint is repeated once for all. All that is
-    saved inside has its hook, so one tensor of each node tells.
+    Outside of a backward pass, the forward pass of the checkpoint would be repeated each time that
+    a rule reads a saved tensor. All tensors saved inside have its hook, so one of them tells.
     """
-    kind: Any = type(node)
-    name = _first_saved(kind)
-    found = None if name is None else getattr(node, name)
-    hook = getattr(found, "unpack_hook", None)
-    return getattr(hook, "__module__", "") == "torch.utils.checkpoint"
+    return getattr(unpack_hook(node), "__module__", "") == "torch.utils.checkpoint"
 
 
-@functools.cache
-def _first_saved(kind: type) -> str | None:
-    return next((name for name in dir(kind) if name.startswith("_raw_saved_")), None)
+def _description(node: Node) -> tuple[str, int, torch.dtype, bool]:
+    like = node.metadata()
+    return node.name, len(like.shape), like.dtype, node.first_order
 
 
 def _inputs_first(root: Any) -> list[Any]:

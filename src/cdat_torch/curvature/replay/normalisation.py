@@ -16,43 +16,50 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay.arithmetic import HALF, dot
-from cdat_torch.curvature.replay.registry import Active, Needs, Node, Pushed, Tangent, rule
+from cdat_torch.curvature.replay.registry import (
+    Active,
+    Needs,
+    Node,
+    Pushforward,
+    Tangent,
+    nonlinear,
+)
 
 _ATEN = torch.ops.aten
 
 
-@rule("NativeLayerNormBackward0")
-def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """Each of the last dimensions together, as rows of a matrix."""
+@nonlinear("NativeLayerNormBackward0")
+def layer_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """The last dimensions are normalised together; they are the rows of a matrix here."""
     mean, r = (node.saved(name).reshape(-1, 1) for name in ("result1", "result2"))
     width, precision = math.prod(node.saved("normalized_shape")), mean.dtype
     weights = (node.saved("weight"), dw, db)  # statistics of half precision are single
     w, dw, db = (None if t is None else t.reshape(width).to(precision) for t in weights)
     x = node.saved("input").reshape(len(r), width).to(precision)
-    normal = (x - mean).mul_(r)
-    moved = second = None
+    xhat = (x - mean).mul_(r)
+    dxhat = second = None
     if dx is not None:
         dx = dx.reshape(len(r), width).to(precision).contiguous()
         # the Jacobian of x^ is symmetric, so backward's kernel gives x^'
-        moved = _ATEN.native_layer_norm_backward(
+        dxhat = _ATEN.native_layer_norm_backward(
             dx, x, [width], mean, r, None, None, [True, False, False]
         )[0]
         if not node.first_order:
             adjoint = node.adjoint.reshape(len(r), width).to(precision)
-            second = _along_rows(normal, moved, dx, r.squeeze(1), adjoint, w, dw)
+            second = _along_rows(xhat, dxhat, dx, r.squeeze(1), adjoint, w, dw)
     y = None if db is None else db.expand(len(r), width)
     if dw is not None:
-        y = normal.mul_(dw) if y is None else torch.addcmul(y, normal, dw)
-    if moved is not None:
-        moved = moved if w is None else moved.mul_(w)
-        y = moved if y is None else y + moved
+        y = xhat.mul_(dw) if y is None else torch.addcmul(y, xhat, dw)
+    if dxhat is not None:
+        dxhat = dxhat if w is None else dxhat.mul_(w)
+        y = dxhat if y is None else y + dxhat
     y = torch.zeros_like(x) if y is None else y
-    return Pushed([y.view(node.shape()).to(node.metadata().dtype), None, None], second)
+    return Pushforward([y.view(node.shape()).to(node.metadata().dtype), None, None], second)
 
 
 def _along_rows(
-    normal: Tensor,
-    moved: Tensor,
+    xhat: Tensor,
+    dxhat: Tensor,
     dx: Tensor,
     r: Tensor,
     adjoint: Tensor,
@@ -64,28 +71,28 @@ def _along_rows(
     As r c' = x^' - q x^, and <x^, c'> = <x^, x'>, no c' need be formed:
     x^'' = 2 q x^' + (q^2 - r^2 mean(c'^2)) x^.
     """
-    number = normal.shape[1]
-    q = torch.linalg.vecdot(normal, dx).mul_(r).div_(-number)
-    moved_squares, normal_squares = (
-        torch.linalg.vector_norm(t, dim=1).square_() for t in (moved, normal)
+    number = xhat.shape[1]
+    q = torch.linalg.vecdot(xhat, dx).mul_(r).div_(-number)
+    dxhat_squares, xhat_squares = (
+        torch.linalg.vector_norm(t, dim=1).square_() for t in (dxhat, xhat)
     )
     # number times r^2 mean(c'^2) - q^2
-    rest = torch.addcmul(moved_squares, q.square(), number - normal_squares)
-    with_normal, with_moved = adjoint * normal, adjoint * moved
-    second = 2 * dot(_weighted(with_moved, w), q) - dot(_weighted(with_normal, w), rest) / number
+    rest = torch.addcmul(dxhat_squares, q.square(), number - xhat_squares)
+    with_xhat, with_dxhat = adjoint * xhat, adjoint * dxhat
+    second = 2 * dot(_weighted(with_dxhat, w), q) - dot(_weighted(with_xhat, w), rest) / number
     if dw is not None:
-        second = second + 2 * (with_moved @ dw).sum(dtype=torch.float64)
+        second = second + 2 * (with_dxhat @ dw).sum(dtype=torch.float64)
     return second
 
 
 def _weighted(t: Tensor, w: Tangent) -> Tensor:
-    """Return the sums of rows, weighted."""
+    """Return the weighted sum of each row."""
     return t.sum(1) if w is None else t @ w
 
 
-@rule("NativeGroupNormBackward0")
-def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """The channels of a group together."""
+@nonlinear("NativeGroupNormBackward0")
+def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """The channels of a group are normalised together."""
     x = node.saved("input")
     groups, size, channels = node.saved("group"), x.shape[0], x.shape[1]
     precision = node.saved("result1").dtype  # single for half precision
@@ -98,25 +105,25 @@ def group_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
 
     mean, r = by_group(node.saved("result1")), by_group(node.saved("result2"))
     weight, adjoint = by_channel(node.saved("weight")), node.adjoint
-    normal = (by_group(x) - mean).mul_(r)
-    second = moved = None
+    xhat = (by_group(x) - mean).mul_(r)
+    second = dxhat = None
     if dx is not None:
         dc = by_group(dx) - by_group(dx).mean(-1, keepdim=True)
-        q = -(normal * dc).mean(-1, keepdim=True) * r
-        moved = torch.addcmul(r * dc, q, normal)
+        q = -(xhat * dc).mean(-1, keepdim=True) * r
+        dxhat = torch.addcmul(r * dc, q, xhat)
         weighted = by_group(adjoint if weight is None else adjoint * weight)
-        second = _along_rows(normal, moved, by_group(dx), r.squeeze(1), weighted, None, None)
-        moved = moved.view_as(x)
+        second = _along_rows(xhat, dxhat, by_group(dx), r.squeeze(1), weighted, None, None)
+        dxhat = dxhat.view_as(x)
     y, mixed = _affine(
-        node, normal.view_as(x), moved, weight, by_channel(dw), by_channel(db), adjoint
+        node, xhat.view_as(x), dxhat, weight, by_channel(dw), by_channel(db), adjoint
     )
-    return Pushed([y, None, None], _total(second, mixed))
+    return Pushforward([y, None, None], _total(second, mixed))
 
 
 def _affine(
     node: Node,
-    normal: Tensor,
-    moved: Tangent,
+    xhat: Tensor,
+    dxhat: Tangent,
     weight: Tangent,
     dw: Tangent,
     db: Tangent,
@@ -125,12 +132,12 @@ def _affine(
     """Return the tangent of ``w x^ + b`` and its mixed second-order term."""
     y: Tangent = None
     mixed: Tangent = None
-    if moved is not None:
-        y = moved if weight is None else moved * weight
+    if dxhat is not None:
+        y = dxhat if weight is None else dxhat * weight
         if dw is not None:
-            mixed = 2 * dot(adjoint, moved * dw)
+            mixed = 2 * dot(adjoint, dxhat * dw)
     if dw is not None:
-        y = normal * dw if y is None else torch.addcmul(y, normal, dw)
+        y = xhat * dw if y is None else torch.addcmul(y, xhat, dw)
     if db is not None:
         y = db.expand(node.shape()) if y is None else y + db
     return (node.zeros() if y is None else y.to(node.metadata().dtype)), mixed
@@ -142,9 +149,9 @@ def _total(*terms: Tensor | None) -> Tensor | None:
 
 
 def _batch_norm_needs(node: Node, active: Active) -> Needs:
-    """Need the gradients of x and w, from which the sums with the adjoint follow unless w is 0.
+    """Need the gradients of x and w: unless w is 0, all sums with the adjoint follow from them.
 
-    The gradient of x is in memory as the adjoint of the convolution before, as a rule.
+    The gradient of x usually is in memory anyway, as the adjoint of a convolution's output.
     """
     x, w = active[:2]
     if not x:
@@ -160,21 +167,22 @@ def _batch_norm_needs(node: Node, active: Active) -> Needs:
     return Needs(gradients=(0, 1))
 
 
-@rule("NativeBatchNormBackward0", needs=_batch_norm_needs)
-def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
-    """Each channel over the batch; in evaluation mean and deviation are constants.
+@nonlinear("NativeBatchNormBackward0", needs=_batch_norm_needs)
+def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
+    """Each channel is normalised over the batch; in evaluation mode r and the mean are constants.
 
-    Four calls of backward's kernel give all sums over the batch without a temporary of its size.
+    Four calls of backward's kernel give all sums over the batch without temporary memory of its
+    size.
     """
     x, weight = node.saved("input"), node.saved("weight")
     shape = (1, -1) + (1,) * (x.dim() - 2)
     if not node.saved("training"):
         r = (node.saved("running_var") + node.saved("eps")).rsqrt().view(shape)
         mean = node.saved("running_mean").view(shape)
-        moved = None if dx is None else dx * r
+        dxhat = None if dx is None else dx * r
         w, dw, db = (None if v is None else v.view(shape) for v in (weight, dw, db))
-        affine, mixed = _affine(node, (x - mean) * r, moved, w, dw, db, node.adjoint)
-        return Pushed([affine, None, None], mixed)
+        affine, mixed = _affine(node, (x - mean) * r, dxhat, w, dw, db, node.adjoint)
+        return Pushforward([affine, None, None], mixed)
     mean, r = node.saved("result1"), node.saved("result2")
     y: Tangent = None
     second: Tangent = None
@@ -187,20 +195,20 @@ def batch_norm(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
         y = torch.addcmul(offset, x, scale) if y is None else y.addcmul_(x, scale).add_(offset)
     elif db is not None:
         y = db.view(shape).expand_as(x) if y is None else y.add_(db.view(shape))
-    return Pushed([None if y is None else y.to(x.dtype), None, None], second)
+    return Pushforward([None if y is None else y.to(x.dtype), None, None], second)
 
 
 def _batch_moments(
     node: Node, dx: Tensor, x: Tensor, weight: Tangent, dw: Tangent, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tangent]:
-    """Return w x^' and the second-order term."""
+    """Return w x^' and the second-order term of a batch normalisation in training."""
     number = x.numel() / x.shape[1]
     eps = node.saved("eps")
-    moved, with_normal, sums = _ATEN.native_batch_norm_backward(
+    dy, with_xhat, sums = _ATEN.native_batch_norm_backward(
         dx, x, weight, None, None, mean, r, True, eps, [True, True, True]
     )
     if node.first_order:
-        return moved, None
+        return dy, None
     mean_dx = sums / number
     squares = _centred(dx, dx, mean_dx) / number
     if node.adjoints:
@@ -211,21 +219,21 @@ def _batch_moments(
     else:
         # backward computed g_x = r w (adjoint - mean - x^ <adjoint, x^> / number)
         assert weight is not None
-        gradient = node.unchanged(1)
-        with_adjoint = _centred(node.unchanged(0).contiguous(), dx, mean_dx) / (r * weight)
-        with_adjoint = with_adjoint + gradient * with_normal / number
-    q = -r * with_normal / number
+        gradient = node.required_gradient(1)
+        with_adjoint = _centred(node.required_gradient(0).contiguous(), dx, mean_dx) / (r * weight)
+        with_adjoint = with_adjoint + gradient * with_xhat / number
+    q = -r * with_xhat / number
     ratio = 3 * q * q - r * r * squares
     # <adjoint, x^''> with x^'' = 2 q r c' + (r'' / r) x^; the gradient of w is <adjoint, x^>
     second = 2 * q * r * with_adjoint + ratio * gradient
     second = (second if weight is None else second * weight).sum(dtype=torch.float64)
     if dw is not None:
         second = second + 2 * (dw * (r * with_adjoint + q * gradient)).sum(dtype=torch.float64)
-    return moved, second
+    return dy, second
 
 
 def _centred(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
-    """Return <a, b - mean> for each channel, by the kernel that sums so for backward."""
+    """Return <a, b - mean> for each channel, by the kernel that computes such sums in backward."""
     one = torch.ones_like(mean)
     _, sums, _ = _ATEN.native_batch_norm_backward(
         a, b, None, None, None, mean, one, True, 0.0, [False, True, False]
@@ -233,19 +241,19 @@ def _centred(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
     return sums  # type: ignore[no-any-return]
 
 
-def _weight_norm_in_parts(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def _composed_weight_norm(node: Node) -> tuple[Callable[..., Tensor], list[Tensor]]:
     def normalised(v: Tensor, g: Tensor) -> Tensor:
         return v * (g / torch.norm_except_dim(v, 2, node.saved("dim")))
 
     return normalised, [node.saved("v"), node.saved("g")]
 
 
-@rule("WeightNormInterfaceBackward0", forward=_weight_norm_in_parts)
-def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
+@nonlinear("WeightNormInterfaceBackward0", reference=_composed_weight_norm)
+def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushforward:
     """W = g v / |v|, the norm over all dimensions but one.
 
     With n = |v| and e = v / n: n' = <e, v'>, e' = (v' - e n') / n, n'' = (|v'|^2 - n'^2) / n and
-    e'' = -(2 e' n' + e n'') / n. PyTorch's own second derivative takes n for a constant.
+    e'' = -(2 e' n' + e n'') / n. PyTorch's own second derivative treats n as a constant, wrongly.
     """
     v, g, n = node.saved("v"), node.saved("g"), node.saved("result1")
     kept = node.saved("dim") % v.dim()
@@ -256,7 +264,7 @@ def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
     e = v / n
     if dv is None:
         assert dg is not None
-        return Pushed([e * dg, None])
+        return Pushforward([e * dg, None])
     dn = (e * dv).sum(dims, keepdim=True)
     de = (dv - e * dn) / n
     ddn = ((dv * dv).sum(dims, keepdim=True) - dn * dn) / n
@@ -265,4 +273,4 @@ def weight_norm(node: Node, dv: Tangent, dg: Tangent) -> Pushed:
     if dg is not None:
         y = y + e * dg
         second = second + 2 * de * dg
-    return Pushed([y, None], dot(node.adjoint, second))
+    return Pushforward([y, None], dot(node.adjoint, second))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay.arithmetic import HALF, add_scaled, balance, dot
-from cdat_torch.curvature.replay.registry import Node, Pushed, Tangent, rule
+from cdat_torch.curvature.replay.registry import Node, Pushforward, Tangent, nonlinear
 
 Product = Callable[[Tensor, Tensor], Tensor]
 AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,13 +44,14 @@ def bilinear(
     product, add_product : callable
         B, and ``(z, x, w) -> z + B(x, w)``, which may write into z.
     x, w : callable
-        They return the factors; backward has saved only what it needs.
+        They return the factors. A factor is read only where it is needed, because autograd saves
+        it only then.
     tangents : pair of Tensor or None
         x' and w'.
     node : Node
         For lambda.
     gradient : Tensor or None
-        The derivative with respect to w; without it three products are formed.
+        The derivative with respect to w; if it is None, three products are formed.
     """
     dx, dw = tangents
     if dx is None:
@@ -61,39 +62,39 @@ def bilinear(
     if node.first_order:
         return add_product(product(point, dw), dx, w()), None
     if gradient is None or point.dtype in HALF:  # too coarse for a difference of products
-        second = 2 * dot(node.adjoint, product(dx, dw))
-        return add_product(product(point, dw), dx, w()), second
+        second_order = 2 * dot(node.adjoint, product(dx, dw))
+        return add_product(product(point, dw), dx, w()), second_order
     a = balance(point, dx)
-    part = product(add_scaled(point, a, dx), dw)
-    second = (dot(node.adjoint, part) - node.inner_product(gradient, dw)) * (2 / a)
-    return add_product(part, dx, add_scaled(w(), -a, dw)), second
+    mixed = product(add_scaled(point, a, dx), dw)
+    second_order = (dot(node.adjoint, mixed) - node.inner_product(gradient, dw)) * (2 / a)
+    return add_product(mixed, dx, add_scaled(w(), -a, dw)), second_order
 
 
-@rule("MmBackward0", gradients=(1,), both=(0, 1))
-def mm(node: Node, dx: Tangent, dw: Tangent) -> Pushed:
+@nonlinear("MmBackward0", gradients=(1,), if_active=(0, 1))
+def mm(node: Node, dx: Tangent, dw: Tangent) -> Pushforward:
     """Z = x w."""
-    return Pushed(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
+    return Pushforward(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
 
 
-@rule("BmmBackward0", gradients=(1,), both=(0, 1))
-def bmm(node: Node, dx: Tangent, dw: Tangent) -> Pushed:
+@nonlinear("BmmBackward0", gradients=(1,), if_active=(0, 1))
+def bmm(node: Node, dx: Tangent, dw: Tangent) -> Pushforward:
     """Z = x w for each matrix of a batch."""
-    return Pushed(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
+    return Pushforward(*_matrix_product(node, "self", "mat2", dx, dw, position=1))
 
 
-@rule("AddmmBackward0", gradients=(2,), both=(1, 2))
-def addmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
+@nonlinear("AddmmBackward0", gradients=(2,), if_active=(1, 2))
+def addmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushforward:
     """Z = beta b + alpha x w."""
     return _affine(node, "mat1", "mat2", db, dx, dw)
 
 
-@rule("BaddbmmBackward0", gradients=(2,), both=(1, 2))
-def baddbmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
+@nonlinear("BaddbmmBackward0", gradients=(2,), if_active=(1, 2))
+def baddbmm(node: Node, db: Tangent, dx: Tangent, dw: Tangent) -> Pushforward:
     """Z = beta b + alpha x w for each matrix of a batch."""
     return _affine(node, "batch1", "batch2", db, dx, dw)
 
 
-def _affine(node: Node, x: str, w: str, db: Tangent, dx: Tangent, dw: Tangent) -> Pushed:
+def _affine(node: Node, x: str, w: str, db: Tangent, dx: Tangent, dw: Tangent) -> Pushforward:
     alpha, beta = node.saved("alpha"), node.saved("beta")
     z, second = _matrix_product(node, x, w, dx, dw, position=2, factor=alpha)
     if z is not None and alpha != 1:
@@ -101,7 +102,7 @@ def _affine(node: Node, x: str, w: str, db: Tangent, dx: Tangent, dw: Tangent) -
     if db is not None:
         db = db if beta == 1 else db * beta
         z = db.expand(node.shape()) if z is None else z.add_(db)
-    return Pushed(z, second)
+    return Pushforward(z, second)
 
 
 def _matrix_product(
@@ -119,7 +120,7 @@ def _matrix_product(
     def add_product(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return z.baddbmm_(a, b) if batched else z.addmm_(a, b)
 
-    # With a factor three products are formed: rare, and not worth a case of its own.
+    # A factor is rare: then three products are formed.
     z, second = bilinear(
         torch.bmm if batched else torch.mm,
         add_product,
@@ -132,8 +133,8 @@ def _matrix_product(
     return z, None if second is None else second * factor
 
 
-@rule("ConvolutionBackward0", gradients=(1,), both=(0, 1))
-def convolution(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
+@nonlinear("ConvolutionBackward0", gradients=(1,), if_active=(0, 1))
+def convolution(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushforward:
     """Z = x * w + b, also transposed, dilated and in groups."""
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
     arguments: Any = [node.saved(name) for name in names]
@@ -153,28 +154,28 @@ def convolution(node: Node, dx: Tangent, dw: Tangent, db: Tangent) -> Pushed:
     if db is not None:
         db = db.view(-1, *[1] * (len(node.shape()) - 2))
         z = db.expand(node.shape()) if z is None else z.add_(db)
-    return Pushed(z, second)
+    return Pushforward(z, second)
 
 
-@rule("MulBackward0", both=(0, 1))
-def mul(node: Node, da: Tangent, db: Tangent) -> Pushed:
+@nonlinear("MulBackward0", if_active=(0, 1))
+def mul(node: Node, da: Tangent, db: Tangent) -> Pushforward:
     """Z = a b, elementwise."""
     z = None if da is None else da * node.saved("other")
     if db is None:
-        return Pushed(z)
+        return Pushforward(z)
     z = node.saved("self") * db if z is None else torch.addcmul(z, node.saved("self"), db)
     if da is None or node.first_order:
-        return Pushed(z)
-    return Pushed(z, 2 * dot(node.adjoint, da * db))
+        return Pushforward(z)
+    return Pushforward(z, 2 * dot(node.adjoint, da * db))
 
 
-@rule("DivBackward0", both=(1,))
-def div(node: Node, da: Tangent, db: Tangent) -> Pushed:
+@nonlinear("DivBackward0", if_active=(1,))
+def div(node: Node, da: Tangent, db: Tangent) -> Pushforward:
     """Z = a / b, elementwise: z' = (a' - z b') / b and z'' = -2 z' b' / b."""
     b = node.saved("other")
     if db is None:
         assert da is not None
-        return Pushed(da / b)
+        return Pushforward(da / b)
     a = node.saved("self")
     z = ((0.0 if da is None else da) - (a / b) * db) / b
-    return Pushed(z, -2 * dot(node.adjoint, z * (db / b)))
+    return Pushforward(z, -2 * dot(node.adjoint, z * (db / b)))

@@ -1,4 +1,8 @@
-"""A backward pass that is watched, and the sweep through the graph that follows it."""
+"""Watching a backward pass, and the sweep through the graph that follows it.
+
+`Recording.sweep` carries the direction from the parameters to the loss, operation by operation, and
+adds up the second-order terms.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +15,30 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from cdat_torch.curvature.replay import fallback
+from cdat_torch.curvature.replay import double_backward
 from cdat_torch.curvature.replay.arithmetic import dot
 from cdat_torch.curvature.replay.graph import Graph, rule_of
 from cdat_torch.curvature.replay.registry import (
     Edge,
     InnerProducts,
     Node,
-    Pushed,
-    Rule,
+    OperationRule,
+    Pushforward,
     Tangent,
     Unsupported,
-    memory,
+    memory_of,
 )
 from cdat_torch.curvature.replay.verification import Mismatch, norm, verify
 from cdat_torch.distributed.dtensor import is_dtensor
+from cdat_torch.pytorch_internals import MissingInternal
 
 Pair = tuple[Tensor, Tensor]
 _VERIFIED: set[tuple[Any, ...]] = set()
-"""Signatures of graphs in which every rule agreed with the fallback."""
+"""Signatures of graphs in which every rule agreed with double backward."""
 _MOST_VERIFIED = 4096
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_COARSE = 0.1
-"""Relative tolerance for half precision."""
+_HALF_TOLERANCE = 0.1
+"""Relative tolerances, by precision."""
 
 
 class Recording:
@@ -46,7 +51,7 @@ class Recording:
     variables : sequence of Tensor
         The parameters.
     outputs : sequence of Tensor, optional
-        Those of the model, for the Gauss-Newton curvature.
+        The outputs of the model, for the Gauss-Newton curvature.
 
     Raises
     ------
@@ -70,10 +75,9 @@ class Recording:
 
         It must retain the graph, and compute the gradient with respect to all variables.
         """
-        handles = []
+        graph, handles = self._graph, []
         try:
-            for node in self._graph.nodes:
-                adjoint, gradients = self._graph.needs(node)
+            for node, (adjoint, gradients) in zip(graph.nodes, graph.needs, strict=True):
                 if gradients:
                     keep = functools.partial(_keep_gradients, node, gradients, adjoint)
                     handles.append(node.autograd.register_hook(keep))
@@ -86,14 +90,14 @@ class Recording:
                 handle.remove()
 
     def along(self, grads: Sequence[Tensor], direction: Mapping[Tensor, Tensor]) -> Pair:
-        """Return <g, u> and <u, H u>, after a test that the sweep finds the same <g, u>.
+        """Return <g, u> and <u, H u>, and check that the sweep finds the same <g, u>.
 
         Parameters
         ----------
         grads : sequence of Tensor
             The gradient, in the order of `direction`.
         direction : mapping
-            u by variable; what it lacks does not move.
+            u by variable; other variables are constants.
 
         Returns
         -------
@@ -106,23 +110,29 @@ class Recording:
             If the two slopes differ, or a rule is wrong.
         """
         u = list(direction.values())
-        parts = [dot(a, b) for a, b in zip(grads, u, strict=True)]
-        known = {memory(a, b): part for a, b, part in zip(grads, u, parts, strict=True)}
+        terms = [dot(a, b) for a, b in zip(grads, u, strict=True)]
+        known = {memory_of(a, b): term for a, b, term in zip(grads, u, terms, strict=True)}
         replayed, curvature = self.sweep(direction, known)
-        terms = torch.stack([part.to(replayed) for part in parts])
-        slope, size = terms.sum(), terms.abs().sum()
-        difference = (replayed - slope).abs()
-        if not bool(difference <= self._coarse * size):
-            # u may be orthogonal to g: then rounding errors are those of longer vectors
-            size = torch.stack([norm(a) * norm(b) for a, b in zip(grads, u, strict=True)]).sum()
-            allowed = torch.maximum(self._coarse * 0.1 * size, self._rounding().to(size))
-            if bool(torch.isfinite(slope)) and not bool(difference <= allowed):
-                msg = (
-                    f"the replayed slope is {float(replayed):.6g}, the true one {float(slope):.6g}"
-                )
-                raise Mismatch(msg)
+        each = torch.stack([term.to(replayed) for term in terms])
+        slope = each.sum()
+        if not bool((replayed - slope).abs() <= self._tolerance * each.abs().sum()):
+            self._check_slope(replayed, slope, grads, u)
         self._last = None
         return slope, curvature
+
+    def _check_slope(
+        self, replayed: Tensor, slope: Tensor, grads: Sequence[Tensor], u: Sequence[Tensor]
+    ) -> None:
+        """Raise a `Mismatch` if two slopes differ by more than rounding errors.
+
+        If u is nearly orthogonal to g, these are relative to |g| |u| instead of the slope.
+        """
+        size = torch.stack([norm(a) * norm(b) for a, b in zip(grads, u, strict=True)]).sum()
+        allowed = torch.maximum(self._tolerance * 0.1 * size, self._rounding().to(size))
+        difference = (replayed - slope).abs()
+        if bool(torch.isfinite(slope)) and not bool(difference <= allowed):
+            msg = f"the replayed slope is {float(replayed):.6g}, the true one {float(slope):.6g}"
+            raise Mismatch(msg)
 
     def sweep(
         self, direction: Mapping[Tensor, Tensor], inner_products: InnerProducts | None = None
@@ -144,58 +154,54 @@ class Recording:
         Raises
         ------
         Mismatch
-            If a rule does not agree with the double backward of its operation, which is tested
-            where the graph has not been seen before.
+            If a rule does not agree with the double backward of its operation. This is tested the
+            first time that a graph is seen.
         """
-        graph = self._graph
-        tangents: dict[Edge, Tangent] = {
-            edge: direction[variable].detach().to(variable)
-            for edge, variable in graph.leaves.items()
-            if variable in direction
-        }
-        uses, terms = graph.uses.copy(), []
+        slope, curvature = self._propagate(direction, inner_products or {})
+        self._verify_once(slope, curvature)
+        return slope, curvature
+
+    def _propagate(self, direction: Mapping[Tensor, Tensor], inner_products: InnerProducts) -> Pair:
+        """Carry the direction from the parameters to the loss; release what has been passed."""
+        graph, terms = self._graph, []
+        tangents = _Tangents(graph, direction)
         last = next((node for node in reversed(graph.nodes) if node.has_large_adjoint), None)
         with torch.no_grad():
             for node in graph.nodes:
-                edges = node.edges
-                moved = [tangents.get(edge) for edge in edges]
-                if any(tangent is not None for tangent in moved):
-                    node.inner_products = inner_products or {}
-                    pushed = _pushed(node, moved)
-                    for i, tangent in enumerate(pushed.of_outputs()):
-                        tangents[node.autograd, i] = tangent
-                    if node is last and (tangent := tangents[node.autograd, 0]) is not None:
+                incoming = tangents.of_inputs(node)
+                if any(tangent is not None for tangent in incoming):
+                    node.inner_products = inner_products
+                    pushed = _apply_rule(node, incoming)
+                    tangents.add(node, pushed.of_outputs())
+                    if node is last and (tangent := tangents.of((node.autograd, 0))) is not None:
                         self._last = node.adjoint, tangent
-                    if pushed.second is not None and not node.first_order:
-                        terms.append(pushed.second.to(torch.float64).reshape(()))
-                node.detached()
-                for edge in edges:
-                    if edge in uses:
-                        uses[edge] -= 1
-                        if not uses[edge]:
-                            del uses[edge]
-                            tangents.pop(edge, None)
-        slope = tangents.get(graph.root)
+                    if pushed.second_order is not None and not node.first_order:
+                        terms.append(pushed.second_order.to(torch.float64).reshape(()))
+                node.release()
+                tangents.release_inputs(node)
+        slope = tangents.of(graph.root)
         device = next(iter(direction.values())).device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         curvature = torch.stack(terms).sum() if terms else zero
-        slope = zero if slope is None else slope.to(torch.float64)
-        if graph.signature not in _VERIFIED:
-            verify(graph, self._coarse)
+        return zero if slope is None else slope.to(torch.float64), curvature
+
+    def _verify_once(self, slope: Tensor, curvature: Tensor) -> None:
+        """Verify the rules unless this graph has been seen before with a finite result."""
+        if self._graph.signature not in _VERIFIED:
+            verify(self._graph, self._tolerance)
             if len(_VERIFIED) < _MOST_VERIFIED and bool(torch.isfinite(slope + curvature)):
-                _VERIFIED.add(graph.signature)
-        return slope, curvature
+                _VERIFIED.add(self._graph.signature)
 
     def free(self) -> None:
-        """Release what the graph has saved, as a backward pass that does not retain it would do.
+        """Release what the graph has saved, as a backward pass without ``retain_graph`` does.
 
-        Whoever holds the loss holds its graph. Undefined adjoints run through it, for which no node
-        computes anything.
+        The user may hold the loss, and with it the graph. So undefined adjoints are sent through
+        it: no node computes anything for these, but each releases what it has saved.
         """
         root, number = self._graph.root
         handle = root.register_prehook(lambda adjoints: (None,) * len(adjoints))
         try:
-            # A hook of the user's may not expect None: then the graph lives as long as the loss.
+            # A user's hook may not expect None; then the graph lives as long as the loss.
             with suppress(Exception):
                 torch.autograd.grad(
                     GradientEdge(root, number),
@@ -207,10 +213,10 @@ class Recording:
             handle.remove()
 
     def _rounding(self) -> Tensor:
-        """Return about the rounding error of a slope, which near a minimum is all there is of it.
+        """Return an estimate of the rounding error of the slope.
 
-        The gradients of the single samples cancel there, those with respect to the last operation's
-        outputs do not.
+        Near a minimum the gradients of single samples cancel and the slope is rounding error only.
+        The adjoint and the tangent of the last operation with many outputs do not cancel.
         """
         if self._last is None:
             return torch.zeros(())
@@ -218,13 +224,50 @@ class Recording:
         return 100 * torch.finfo(tangent.dtype).eps * norm(adjoint) * norm(tangent)
 
     @property
-    def _coarse(self) -> float:
+    def _tolerance(self) -> float:
         dtypes = {v.dtype for v in self._variables} | self._graph.dtypes
-        return max(_TOLERANCE.get(dtype, _COARSE) for dtype in dtypes)
+        return max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
 
 
-def _keep_adjoints(node: Node, rule: Rule, adjoints: tuple[Tensor | None, ...]) -> None:
-    node.adjoints = rule.kept(node, adjoints)
+class _Tangents:
+    """The tangents of the edges, each until the last operation that reads it has been passed."""
+
+    def __init__(self, graph: Graph, direction: Mapping[Tensor, Tensor]) -> None:
+        self._uses = graph.uses.copy()
+        self._by_edge: dict[Edge, Tangent] = {
+            edge: direction[variable].detach().to(variable)
+            for edge, variable in graph.leaves.items()
+            if variable in direction
+        }
+
+    def of(self, edge: Edge) -> Tangent:
+        """Return the tangent of an edge."""
+        return self._by_edge.get(edge)
+
+    def of_inputs(self, node: Node) -> list[Tangent]:
+        """Return the tangents of the inputs of a node."""
+        return [self._by_edge.get(edge) for edge in node.edges]
+
+    def add(self, node: Node, tangents: Sequence[Tangent]) -> None:
+        """Add the tangents of the outputs of a node."""
+        for i, tangent in enumerate(tangents):
+            self._by_edge[node.autograd, i] = tangent
+
+    def release_inputs(self, node: Node) -> None:
+        """Release those tangents of inputs that no other operation reads any more."""
+        for edge in node.edges:
+            if edge in self._uses:
+                self._uses[edge] -= 1
+                if not self._uses[edge]:
+                    del self._uses[edge]
+                    self._by_edge.pop(edge, None)
+
+
+def _keep_adjoints(node: Node, rule: OperationRule, adjoints: tuple[Tensor | None, ...]) -> None:
+    try:
+        node.adjoints = rule.kept(node, adjoints)
+    except MissingInternal:  # backward must go on; the rule raises it again
+        node.adjoints = tuple(adjoints)
 
 
 def _keep_gradients(
@@ -242,12 +285,12 @@ def _keep_gradients(
             node.keep(position, gradient)
 
 
-def _pushed(node: Node, moved: Sequence[Tangent]) -> Pushed:
-    """Apply the rule of a node, or the fallback where it covers less than the operation."""
+def _apply_rule(node: Node, tangents: Sequence[Tangent]) -> Pushforward:
+    """Apply the rule of a node, or double backward where the rule does not cover its arguments."""
     try:
-        pushed: Pushed = rule_of(node).push(node, *moved)
-        if pushed is NotImplemented and node.name in fallback.CHECKED:
-            return fallback.push(node, *moved)
+        pushed: Pushforward = rule_of(node).apply(node, *tangents)
+        if pushed is NotImplemented and node.name in double_backward.CHECKED:
+            return double_backward.apply(node, *tangents)
     except (torch.OutOfMemoryError, Unsupported):
         raise
     except Exception as error:  # what nodes have saved is no stable API

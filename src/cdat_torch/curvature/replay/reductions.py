@@ -1,4 +1,4 @@
-"""Sums, means, maxima and pools."""
+"""Sums and differences, and reductions: sum, mean, maximum, sorting, pooling."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def subtract_from(node: Node, da: Tangent, db: Tangent) -> Tensor:
 @linear("RsubBackward1")
 def subtract_from_constant(node: Node, da: Tensor) -> Tensor:
     """A number minus alpha a."""
-    moved: Tensor = da * -node.saved("alpha")
-    return moved
+    tangent: Tensor = da * -node.saved("alpha")
+    return tangent
 
 
 @linear("SumBackward0")
 def sum_all(node: Node, dx: Tensor) -> Tensor:
-    """The sum of all."""
+    """The sum of all elements."""
     return dx.sum(dtype=node.metadata().dtype)
 
 
@@ -60,7 +60,7 @@ def sum_some(node: Node, dx: Tensor) -> Tensor:
 
 @linear("MeanBackward0")
 def mean_all(node: Node, dx: Tensor) -> Tensor:
-    """The mean of all."""
+    """The mean of all elements."""
     return dx.mean(dtype=node.metadata().dtype)
 
 
@@ -73,7 +73,7 @@ def mean_some(node: Node, dx: Tensor) -> Tensor:
 
 @linear("AmaxBackward0", "AminBackward0")
 def extreme(node: Node, dx: Tensor) -> Tensor:
-    """The largest or smallest over some dimensions; equal ones share the derivative."""
+    """The largest or smallest over some dimensions; ties share the derivative."""
     dims, keep = node.saved("dim") or tuple(range(dx.dim())), node.saved("keepdim")
     y = node.saved("result")
     if not keep:
@@ -81,8 +81,8 @@ def extreme(node: Node, dx: Tensor) -> Tensor:
             y = y.unsqueeze(dim)
     chosen = (node.saved("self") == y).to(dx.dtype)
     share = chosen / chosen.sum(dims, keepdim=True)
-    moved: Tensor = (share * dx).sum(dims, keepdim=keep)
-    return moved
+    tangent: Tensor = (share * dx).sum(dims, keepdim=keep)
+    return tangent
 
 
 @linear("MaxBackward0", "MinBackward0")
@@ -98,7 +98,7 @@ def extreme_along(node: Node, dx: Tensor) -> Tensor:
 
 @linear("SortBackward0", "SortBackward1", "TopkBackward0")
 def sort(node: Node, dx: Tensor) -> Tensor:
-    """Entries in order."""
+    """Elements in order."""
     return dx.gather(node.saved("dim"), node.saved("indices"))
 
 
@@ -120,5 +120,5 @@ def avg_pool(node: Node, dx: Tensor) -> Tensor:
 
 @linear("AdaptiveAvgPool2DBackward0")
 def adaptive_avg_pool(node: Node, dx: Tensor) -> Tensor:
-    """The mean of each of a number of windows."""
+    """The mean of each window, for a given number of windows."""
     return torch.nn.functional.adaptive_avg_pool2d(dx, (node.shape()[-2], node.shape()[-1]))

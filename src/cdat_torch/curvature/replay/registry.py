@@ -1,10 +1,28 @@
-"""How an operation of the autograd graph carries a direction: the interface of a rule.
+"""The operation rules, and how to write one.
 
-A rule belongs to one type of autograd node, that is to one operation y = op(x_1, x_2, ...). It gets
-the node, whose saved tensors are those of backward, and the tangents x_i' of its inputs; it returns
-the tangents y' of its outputs and the second-order term <lambda, D^2 op[x', x']>, where lambda is
-the adjoint of y that backward has computed. To add an operation write one function here or in a
-module beside, under the decorator of its kind, and one case in ``tests/torch/replay``.
+An operation y = op(x_1, x_2, ...) of the forward pass leaves one autograd node in the graph. Its
+rule gets the node and the tangents x_i' of the inputs. It returns the tangents y' of the outputs
+and the second-order term <lambda, D^2 op[x', x']>, where lambda is the adjoint of y that backward
+has computed. `node.saved(name)` reads what the forward pass has saved, `node.adjoint` is lambda.
+
+To add an operation:
+
+1. Read the node's name and what it saves: ``y.grad_fn.name()`` and ``dir(y.grad_fn)``.
+2. Write one function in the module for its kind (the package's docstring lists them), under the
+   decorator of its kind: `linear`, `elementwise`, `loss_of_difference`, `loss_of_prediction`, or
+   `nonlinear` for all else. The decorator registers it. For y = sin x, y'' = -sin(x) x'^2:
+
+       @nonlinear("SinBackward0")
+       def sin(node: Node, dx: Tensor) -> Pushforward:
+           x = node.saved("self")
+           return Pushforward(x.cos() * dx, dot(node.adjoint * -x.sin(), dx**2))
+
+3. Add a case to one of ``tests/torch/replay/*_cases.py``: ``case("Sin", torch.sin, (3, 4))``. It is
+   compared with differences of gradients for several layouts; no rule may lack a case.
+
+In use each rule is compared with the double backward of its operation the first time that a graph
+is seen, and the slope is compared with <g, u> in every step (see `verification`, `recording`).
+Where a rule does not cover some arguments it returns NotImplemented.
 """
 
 from __future__ import annotations
@@ -16,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cdat_torch import pytorch_internals
 from cdat_torch.curvature.replay.arithmetic import dot
 
 Tangent = Tensor | None
@@ -26,10 +45,11 @@ Edge = tuple[Any, int]
 LEAF = "torch::autograd::AccumulateGrad"
 """The name of the nodes of leaves."""
 InnerProducts = dict[tuple[int, int, int], Tensor]
+"""Known inner products of a gradient and a tangent, by `memory_of` the two."""
 
 
 class Unsupported(RuntimeError):  # noqa: N818
-    """The graph holds something that no rule can carry a direction through."""
+    """The graph cannot be replayed: no rule covers one of its operations."""
 
 
 class Node:
@@ -39,16 +59,17 @@ class Node:
     ----------
     adjoints : tuple of Tensor or None
         The derivatives of the loss with respect to the outputs, or what the rule keeps of them;
-        empty if the rule asked for none.
+        empty if the rule needs none.
     gradients : dict
-        By position, those derivatives with respect to inputs that the rule asked for.
+        The derivatives with respect to the inputs that the rule needs, by position.
     inner_products : dict
-        Inner products that are known already, by the memory of their factors.
+        Inner products that are already known.
     edges : sequence of Edge
         The inputs.
     first_order : bool
-        Whether the operation counts as linear, as the model does for the Gauss-Newton curvature:
-        the second-order term is not wanted, and nothing of the backward pass is kept.
+        Whether the operation counts as linear, as the operations of the model do for the
+        Gauss-Newton curvature. Then the second-order term is not used, and nothing of the backward
+        pass is kept.
     """
 
     __slots__ = (
@@ -76,7 +97,7 @@ class Node:
         return name
 
     def reads_leaf(self, position: int) -> bool:
-        """Return whether an input is a leaf: its derivative is where it may be changed."""
+        """Return whether an input is a leaf, whose gradient the user may change in place."""
         return self.edges[position][0].name() == LEAF  # type: ignore[no-any-return]
 
     @property
@@ -87,17 +108,17 @@ class Node:
 
     @property
     def has_large_adjoint(self) -> bool:
-        """Whether the adjoint of the first output was kept and is more than a number."""
+        """Whether the adjoint of the first output was kept and has more than one element."""
         return bool(self.adjoints) and self.adjoint.numel() > 1
 
     def gradient(self, position: int) -> Tensor | None:
-        """Return the derivative with respect to an input, unless it was changed in place since."""
+        """Return the derivative with respect to an input; None if it was changed in place since."""
         gradient = self.gradients.get(position)
-        if gradient is None or gradient._version != self._versions[position]:
+        if gradient is None or pytorch_internals.version(gradient) != self._versions[position]:
             return None
         return gradient
 
-    def unchanged(self, position: int) -> Tensor:
+    def required_gradient(self, position: int) -> Tensor:
         """Return the derivative with respect to an input; `Unsupported` if it was changed."""
         gradient = self.gradient(position)
         if gradient is None:
@@ -106,19 +127,20 @@ class Node:
         return gradient
 
     def keep(self, position: int, gradient: Tensor) -> None:
-        """Keep the derivative with respect to an input; of a vector a copy, against changes."""
+        """Keep the derivative with respect to an input; vectors are copied, as they are small."""
         gradient = gradient.detach()
-        self.gradients[position] = gradient.clone() if gradient.dim() < 2 else gradient
-        self._versions[position] = self.gradients[position]._version
+        gradient = gradient.clone() if gradient.dim() < 2 else gradient
+        self.gradients[position] = gradient
+        self._versions[position] = pytorch_internals.version(gradient)
 
     def inner_product(self, gradient: Tensor, tangent: Tensor) -> Tensor:
         """Return <gradient, tangent>; for a weight that is read once it is part of the slope."""
-        known = self.inner_products.get(memory(gradient, tangent))
+        known = self.inner_products.get(memory_of(gradient, tangent))
         return dot(gradient, tangent) if known is None else known
 
     def metadata(self, output: int = 0) -> Any:
         """Return shape, dtype and device of an output."""
-        return self._node._input_metadata[output]
+        return pytorch_internals.output_metadata(self._node)[output]
 
     def shape(self, output: int = 0) -> torch.Size:
         """Return the shape of an output."""
@@ -130,39 +152,36 @@ class Node:
         return torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
 
     def saved(self, name: str) -> Any:
-        """Return what the forward pass has saved; integers as they were given, -1 too."""
-        value = getattr(self._node, f"_saved_{name}")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return _signed(value)
-        if isinstance(value, tuple):
-            return tuple(_signed(v) if isinstance(v, int) else v for v in value)
-        return value
+        """Return what the forward pass has saved under a name."""
+        return pytorch_internals.saved(self._node, name)
 
     def vjp(self, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the product of adjoints of the outputs with the Jacobian, as backward would."""
+        """Return the vector-Jacobian product J' v with adjoints v of the outputs, as backward does.
+
+        There is one for each input, None where it needs no gradient.
+        """
         call = self._node if callable(self._node) else self._node.apply
         found = call(*adjoints)
         return found if isinstance(found, tuple) else (found,)
 
-    def detached(self) -> Node:
-        """Forget what backward has computed, and return the node."""
+    def release(self) -> None:
+        """Release what backward has computed."""
         self.adjoints, self.gradients = (), {}
-        return self
 
 
-class Pushed(NamedTuple):
+class Pushforward(NamedTuple):
     """What a rule returns.
 
     Attributes
     ----------
     tangents : Tensor, None, or a sequence of them
-        Of the outputs; one that stands alone is that of the first output.
-    second : Tensor or None
-        The second-order term, a 0-d tensor; None is zero.
+        y' for each output; a single one belongs to the first output.
+    second_order : Tensor or None
+        <lambda, D^2 op[x', x']>, a 0-d tensor; None is zero.
     """
 
     tangents: Tangent | Sequence[Tangent]
-    second: Tensor | None = None
+    second_order: Tensor | None = None
 
     def of_outputs(self) -> list[Tangent]:
         """Return the tangents of all outputs."""
@@ -171,7 +190,7 @@ class Pushed(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a rule needs of the backward pass.
+    """What a rule needs of the backward pass; all of it stays in memory until the sweep.
 
     Attributes
     ----------
@@ -185,101 +204,115 @@ class Needs(NamedTuple):
     gradients: tuple[int, ...] = ()
 
 
-Push = Callable[..., Any]
-Forward = Callable[[Node], tuple[Callable[..., Tensor], Sequence[Tensor]]]
 Active = Sequence[bool]
 """For each input whether it depends on a parameter."""
+Apply = Callable[..., Any]
+"""``(node, *tangents) -> Pushforward``, or NotImplemented."""
+Reference = Callable[[Node], tuple[Callable[..., Tensor], Sequence[Tensor]]]
+FindNeeds = Callable[[Node, Active], Needs]
+ReduceAdjoint = Callable[[Node, Tensor], Tensor]
 
 
-def nothing(node: Node, active: Active) -> Needs:
+def needs_nothing(node: Node, active: Active) -> Needs:
     """Need nothing, as linear operations do."""
     return Needs()
 
 
-def the_adjoint(node: Node, active: Active) -> Needs:
+def needs_adjoint(node: Node, active: Active) -> Needs:
     """Need the adjoint."""
     return Needs(adjoint=True)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A rule, and what it needs of the backward pass.
+class OperationRule:
+    """The second-order rule for one operation, and what it needs of the backward pass.
 
     Attributes
     ----------
-    push : callable
-        ``push(node, *tangents) -> Pushed``; NotImplemented where it does not cover the arguments
-        that the operation was called with.
+    apply : callable
+        ``apply(node, *tangents) -> Pushforward``; NotImplemented where it does not cover the
+        arguments that the operation was called with.
     needs : callable
-        ``needs(node, active) -> Needs``. All that is kept stays in memory until the sweep.
-    forward : callable, optional
-        ``forward(node) -> (function, inputs)``, the operation written with others. The rule is
+        ``needs(node, active) -> Needs``.
+    reference : callable, optional
+        ``reference(node) -> (function, inputs)``, the operation composed of others. The rule is
         compared with its double backward where that of the node itself is missing or wrong.
-    part : callable, optional
-        ``part(node, adjoint)``, what is kept in the place of the first output's adjoint.
+    reduce_adjoint : callable, optional
+        ``reduce_adjoint(node, adjoint)``, what is kept instead of the first output's adjoint.
     """
 
-    push: Push
-    needs: Callable[[Node, Active], Needs] = nothing
-    forward: Forward | None = None
-    part: Callable[[Node, Tensor], Tensor] | None = None
+    apply: Apply
+    needs: FindNeeds = needs_nothing
+    reference: Reference | None = None
+    reduce_adjoint: ReduceAdjoint | None = None
 
     def kept(self, node: Node, adjoints: tuple[Tangent, ...]) -> tuple[Tangent, ...]:
-        """Return what of the adjoints is kept."""
-        if self.part is None or adjoints[0] is None:
+        """Return what is kept of the adjoints of the outputs."""
+        if self.reduce_adjoint is None or adjoints[0] is None:
             return tuple(adjoints)
-        return (self.part(node, adjoints[0]), *adjoints[1:])
+        return (self.reduce_adjoint(node, adjoints[0]), *adjoints[1:])
 
 
-RULES: dict[str, Rule] = {}
+OPERATION_RULES: dict[str, OperationRule] = {}
+"""All rules, by the name of the autograd node."""
 
 
-def rule(
+def nonlinear(
     *names: str,
     adjoint: bool = True,
     gradients: tuple[int, ...] = (),
-    both: tuple[int, ...] = (),
-    needs: Callable[[Node, Active], Needs] | None = None,
-    forward: Forward | None = None,
-    part: Callable[[Node, Tensor], Tensor] | None = None,
-) -> Callable[[Push], Push]:
-    """Register ``push(node, *tangents) -> Pushed`` for the autograd nodes of these names.
+    if_active: tuple[int, ...] = (),
+    needs: FindNeeds | None = None,
+    reference: Reference | None = None,
+    reduce_adjoint: ReduceAdjoint | None = None,
+) -> Callable[[Apply], Apply]:
+    """Register ``(node, *tangents) -> Pushforward`` for the autograd nodes of these names.
 
-    It needs the adjoint and the gradients at these positions, but nothing where one of the inputs
-    `both` is a constant, because it is linear then. Other needs are given as a function.
+    Parameters
+    ----------
+    *names : str
+        As ``grad_fn.name()`` returns them.
+    adjoint : bool
+        Whether the rule reads `Node.adjoint`.
+    gradients : tuple of int
+        The positions of the inputs whose derivative the rule reads.
+    if_active : tuple of int
+        The operation is linear unless all of these inputs depend on a parameter; where it is
+        linear, the rule needs nothing.
+    needs : callable, optional
+        Used instead of the three above if they cannot express what the rule needs.
+    reference, reduce_adjoint : callable, optional
+        As in `OperationRule`.
     """
 
-    def usual(node: Node, active: Active) -> Needs:
-        return Needs(adjoint, gradients) if all(active[i] for i in both) else Needs()
+    def usual_needs(node: Node, active: Active) -> Needs:
+        return Needs(adjoint, gradients) if all(active[i] for i in if_active) else Needs()
 
-    def register(push: Push) -> Push:
+    def register(apply: Apply) -> Apply:
         for name in names:
-            RULES[name] = Rule(push, needs or usual, forward, part)
-        return push
+            OPERATION_RULES[name] = OperationRule(
+                apply, needs or usual_needs, reference, reduce_adjoint
+            )
+        return apply
 
     return register
 
 
-def linear(*names: str) -> Callable[[Push], Push]:
-    """Register ``push(node, *tangents)`` of a linear operation: it returns the tangents alone."""
+def linear(*names: str) -> Callable[[Apply], Apply]:
+    """Register ``(node, *tangents) -> tangents of the outputs`` for a linear operation."""
 
-    def register(push: Push) -> Push:
-        def without_second(node: Node, *tangents: Tangent) -> Any:
+    def register(push: Apply) -> Apply:
+        def apply(node: Node, *tangents: Tangent) -> Any:
             found = push(node, *tangents)
-            return found if found is NotImplemented else Pushed(found)
+            return found if found is NotImplemented else Pushforward(found)
 
         for name in names:
-            RULES[name] = Rule(without_second)
+            OPERATION_RULES[name] = OperationRule(apply)
         return push
 
     return register
 
 
-def memory(gradient: Tensor, tangent: Tensor) -> tuple[int, int, int]:
-    """Return what tells a pair of tensors from others: views of the whole have the same."""
+def memory_of(gradient: Tensor, tangent: Tensor) -> tuple[int, int, int]:
+    """Return a key for a pair of tensors; views that hold all elements have the key of the base."""
     return gradient.data_ptr(), tangent.data_ptr(), gradient.numel()
-
-
-def _signed(value: int) -> int:
-    """Autograd shows negative integers as unsigned ones."""
-    return value - 2**64 if value >= 2**63 else value

@@ -1,4 +1,4 @@
-"""Linear operations on the layout and the choice of entries: views, indexing, joining, padding."""
+"""Linear operations that move elements: views, indexing, embeddings, concatenation, padding."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _BAG_MODES = {0: "sum", 1: "mean"}
     "SqueezeBackward2", "SqueezeBackward3", "SqueezeBackward4", "SqueezeBackward5",
 )  # fmt: skip
 def reshape(node: Node, dx: Tensor) -> Tensor:
-    """Other sizes for the same entries."""
+    """The same elements in another shape."""
     return dx.reshape(node.shape())
 
 
 @linear("AliasBackward0", "CloneBackward0")
 def same(node: Node, dx: Tensor) -> Tensor:
-    """The same entries."""
+    """The same elements."""
     return dx
 
 
@@ -56,13 +56,13 @@ def permute(node: Node, dx: Tensor) -> Tensor:
 
 @linear("ExpandBackward0")
 def expand(node: Node, dx: Tensor) -> Tensor:
-    """Repeated without a copy."""
+    """Repetition without a copy."""
     return dx.expand(node.shape())
 
 
 @linear("RepeatBackward0")
 def repeat(node: Node, dx: Tensor) -> Tensor:
-    """Repeated."""
+    """Repetition."""
     return dx.repeat(node.saved("repeats"))
 
 
@@ -89,7 +89,7 @@ def unbind(node: Node, dx: Tensor) -> Sequence[Tensor]:
 
 @linear("SplitBackward0", "UnsafeSplitBackward0")
 def split(node: Node, dx: Tensor) -> Sequence[Tensor]:
-    """Parts of one size."""
+    """Parts of equal size."""
     return torch.split(dx, node.saved("split_size"), node.saved("dim"))
 
 
@@ -101,7 +101,7 @@ def split_with_sizes(node: Node, dx: Tensor) -> Sequence[Tensor]:
 
 @linear("CatBackward0")
 def cat(node: Node, *parts: Tangent) -> Any:
-    """Parts one after the other; of a constant part backward remembers no size but the rest."""
+    """Concatenation; the size of a constant part is not saved, but follows from the others."""
     dim = node.saved("dim")
     known = [part for part in parts if part is not None]
     if len(known) == len(parts):
@@ -116,14 +116,14 @@ def cat(node: Node, *parts: Tangent) -> Any:
 
 @linear("StackBackward0")
 def stack(node: Node, *parts: Tangent) -> Tensor:
-    """Parts along a new dimension."""
+    """Concatenation along a new dimension."""
     zero = torch.zeros_like(next(part for part in parts if part is not None))
     return torch.stack([zero if part is None else part for part in parts], node.saved("dim"))
 
 
 @linear("IndexBackward0")
 def index(node: Node, dx: Tensor) -> Tensor:
-    """Entries at indices."""
+    """Elements at indices."""
     return dx[tuple(slice(None) if i is None else i for i in node.saved("indices"))]
 
 
@@ -135,7 +135,7 @@ def index_select(node: Node, dx: Tensor) -> Tensor:
 
 @linear("GatherBackward0")
 def gather(node: Node, dx: Tensor) -> Tensor:
-    """One entry for each index."""
+    """One element for each index."""
     return dx.gather(node.saved("dim"), node.saved("index"))
 
 
@@ -150,7 +150,7 @@ def embedding(node: Node, dx: Tensor) -> Tensor:
 
 @linear("EmbeddingBagBackward0")
 def embedding_bag(node: Node, dx: Tensor, *weights: Tangent) -> Any:
-    """Sums or means of rows of a table, also weighted by constants; not their maxima."""
+    """Sums or means of rows of a table, also with constant weights; not maxima."""
     mode = node.saved("mode")
     if mode not in _BAG_MODES or any(weight is not None for weight in weights):
         return NotImplemented
@@ -164,13 +164,13 @@ def embedding_bag(node: Node, dx: Tensor, *weights: Tangent) -> Any:
 
 @linear("MaskedFillBackward0")
 def masked_fill(node: Node, dx: Tensor) -> Tensor:
-    """A number under a mask."""
+    """A constant number under a mask."""
     return dx.masked_fill(node.saved("mask"), 0)
 
 
 @linear("WhereBackward0")
 def where(node: Node, da: Tangent, db: Tangent) -> Tensor:
-    """One of two, by a condition; it may be called with the condition's place as well."""
+    """One of two, by a condition."""
     zero = node.zeros()
     return torch.where(
         node.saved("condition"), zero if da is None else da, zero if db is None else db
@@ -191,13 +191,13 @@ def triu(node: Node, dx: Tensor) -> Tensor:
 
 @linear("ConstantPadNdBackward0")
 def constant_pad(node: Node, dx: Tensor) -> Tensor:
-    """A constant around."""
+    """Padding with a constant."""
     return torch.nn.functional.pad(dx, node.saved("pad"))
 
 
 @linear("FlipBackward0")
 def flip(node: Node, dx: Tensor) -> Tensor:
-    """Dimensions in reverse."""
+    """Dimensions reversed."""
     return dx.flip(node.saved("dims"))
 
 
@@ -211,7 +211,7 @@ def upsample_nearest(node: Node, dx: Tensor) -> Tensor:
 
 @linear("UpsampleBilinear2DBackward0")
 def upsample_bilinear(node: Node, dx: Tensor) -> Tensor:
-    """Pixels between pixels."""
+    """Linear interpolation between pixels."""
     return torch.ops.aten.upsample_bilinear2d(  # type: ignore[no-any-return]
         dx,
         node.saved("output_size"),

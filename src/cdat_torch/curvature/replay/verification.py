@@ -8,104 +8,116 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdat_torch.curvature.replay import fallback
-from cdat_torch.curvature.replay.graph import FALLBACK, Graph, rule_of
-from cdat_torch.curvature.replay.registry import Needs, Node, Pushed, Rule, Tangent, Unsupported
+from cdat_torch import pytorch_internals
+from cdat_torch.curvature.replay import double_backward
+from cdat_torch.curvature.replay.graph import DOUBLE_BACKWARD, Graph, rule_of
+from cdat_torch.curvature.replay.registry import (
+    Needs,
+    Node,
+    OperationRule,
+    Pushforward,
+    Tangent,
+    Unsupported,
+)
 
 
 class Mismatch(Unsupported):
-    """What was replayed is not what the graph computed."""
+    """The replay does not give the derivative of what the graph computed."""
 
 
 def verify(graph: Graph, tolerance: float) -> None:
     """Compare all rules at random tangents and adjoints; raise a `Mismatch` that names one.
 
-    Of the true ones rounding may be all that is left, as of the mean of what is centred, and they
-    would have to be in memory still.
+    The true tangents and adjoints do not serve: they would have to be kept in memory, and some are
+    nothing but rounding errors, such as the mean of what is centred.
     """
     with torch.no_grad():
         for node in graph.nodes:
             rule = rule_of(node)
-            if rule is not FALLBACK:
+            if rule is not DOUBLE_BACKWARD:
                 _verify(graph, node, rule, tolerance)
 
 
-def _verify(graph: Graph, node: Node, rule: Rule, tolerance: float) -> None:
+def _verify(graph: Graph, node: Node, rule: OperationRule, tolerance: float) -> None:
     active = graph.active(node)
-    tangents = _tangents(node, active)
+    tangents = _random_tangents(node, active)
     adjoints = tuple(
         _random(like, -1 - i) if graph.is_read((node.autograd, i)) else None
-        for i, like in enumerate(node.autograd._input_metadata)
+        for i, like in enumerate(pytorch_internals.output_metadata(node.autograd))
     )
-    mine = _watched(node, rule, rule.needs(node, active), adjoints)
-    found = rule.push(mine, *tangents)
+    after = _after_backward(node, rule, rule.needs(node, active), adjoints)
+    found = rule.apply(after, *tangents)
     if found is NotImplemented:
         return
     whole = Node(node.autograd)
     whole.adjoints = adjoints
-    expected = _reference(whole, rule, tangents)
+    expected = _expected(whole, rule, tangents)
     if expected is not None:
         _compare(whole, found, expected, tolerance)
 
 
 def _random(like: Any, seed: int) -> Tensor:
-    """Return random numbers of a shape, dtype and device; those of the user are not touched."""
+    """Return random numbers of a shape, dtype and device; the user's generators are not used."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(tuple(like.shape), generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _tangents(node: Node, active: Sequence[bool]) -> list[Tangent]:
-    """Return random tangents, one for an input that is read twice."""
+def _random_tangents(node: Node, active: Sequence[bool]) -> list[Tangent]:
+    """Return random tangents, the same one for an input that is read twice."""
     probes = {
-        edge: _random(edge[0]._input_metadata[edge[1]], i)
+        edge: _random(pytorch_internals.output_metadata(edge[0])[edge[1]], i)
         for i, (edge, moves) in enumerate(zip(node.edges, active, strict=True))
         if moves
     }
     return [probes.get(edge) for edge in node.edges]
 
 
-def _watched(node: Node, rule: Rule, needs: Needs, adjoints: tuple[Tensor | None, ...]) -> Node:
+def _after_backward(
+    node: Node, rule: OperationRule, needs: Needs, adjoints: tuple[Tensor | None, ...]
+) -> Node:
     """Return the node as a backward pass with these adjoints would leave it."""
-    watched = Node(node.autograd)
+    after = Node(node.autograd)
     if needs.gradients:
         gradients = node.vjp(*adjoints)
         for position in needs.gradients:
             gradient = gradients[position]
             if gradient is not None:
-                watched.keep(position, gradient)
+                after.keep(position, gradient)
     if needs.adjoint:
-        watched.adjoints = rule.kept(node, adjoints)
-    return watched
+        after.adjoints = rule.kept(node, adjoints)
+    return after
 
 
-def _reference(node: Node, rule: Rule, moved: Sequence[Tangent]) -> Pushed | None:
+def _expected(node: Node, rule: OperationRule, tangents: Sequence[Tangent]) -> Pushforward | None:
     """Return what the operation's double backward gives; None if PyTorch has none."""
     try:
-        if rule.forward is None:
-            return fallback.push(node, *moved)
-        function, inputs = rule.forward(node)
-        return fallback.push_through(function, inputs, node, *moved)
+        if rule.reference is None:
+            return double_backward.apply(node, *tangents)
+        function, inputs = rule.reference(node)
+        return double_backward.apply_to(function, inputs, node, *tangents)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError):
         return None
 
 
-def _compare(node: Node, found: Pushed, expected: Pushed, tolerance: float) -> None:
+def _compare(node: Node, found: Pushforward, expected: Pushforward, tolerance: float) -> None:
     """Raise a `Mismatch` unless tangents and second-order terms agree; NaN agrees with all."""
     msg = f"the rule for {node.name} does not give the derivative that PyTorch computes"
-    reach = 0.0
+    scale = 0.0
     pairs = zip(found.of_outputs(), expected.of_outputs(), node.adjoints, strict=False)
-    for mine, other, adjoint in pairs:
-        if mine is None or other is None:
+    for tangent, true_tangent, adjoint in pairs:
+        if tangent is None or true_tangent is None:
             continue
-        size = norm(other)
-        if bool(norm(mine - other) > tolerance * size):
+        size = norm(true_tangent)
+        if bool(norm(tangent - true_tangent) > tolerance * size):
             raise Mismatch(msg)
         if adjoint is not None:
-            reach += float(norm(adjoint) * size)
-    second, true = (0.0 if p.second is None else float(p.second) for p in (found, expected))
-    if abs(second - true) > tolerance * (abs(true) + reach):
+            scale += float(norm(adjoint) * size)
+    second, true = (
+        0.0 if p.second_order is None else float(p.second_order) for p in (found, expected)
+    )
+    if abs(second - true) > tolerance * (abs(true) + scale):
         raise Mismatch(msg)
 
 

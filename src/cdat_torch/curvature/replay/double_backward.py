@@ -1,4 +1,4 @@
-"""Any operation whose backward PyTorch can differentiate: a double backward of that node alone.
+"""The rule for operations without their own: a double backward of that node alone.
 
 With v for the adjoints of the outputs, backward computes g(v) = J' v. It is linear in v, so its
 derivative along v gives J x'; its derivative along the inputs, at v = lambda, gives the
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from cdat_torch import pytorch_internals
 from cdat_torch.curvature.replay.arithmetic import dot
-from cdat_torch.curvature.replay.registry import Edge, Node, Pushed, Tangent
+from cdat_torch.curvature.replay.registry import Edge, Node, Pushforward, Tangent
 
 CHECKED = frozenset(
     f"{name}Backward0"
@@ -49,39 +50,39 @@ CHECKED = frozenset(
     "NormBackward1", "PowBackward1", "PowBackward2", "ProdBackward1", "ScatterBackward1",
     "torch::autograd::CopySlices",
 }  # fmt: skip
-"""Operations whose second derivative in PyTorch was compared with dense ones and is right."""
+"""Operations whose second derivative in PyTorch agrees with a dense one, as the tests show."""
 
 
-def push(node: Node, *tangents: Tangent) -> Pushed:
-    """Carry the tangents through a node, and return the second-order term."""
+def apply(node: Node, *tangents: Tangent) -> Pushforward:
+    """Return the tangents of the outputs and the second-order term."""
     with torch.enable_grad():
         v = _adjoints(node)
-        found = node.vjp(*v)
+        g = node.vjp(*v)
         edges: dict[Edge, Tensor] = {
             edge: t
             for edge, t in zip(node.autograd.next_functions, tangents, strict=False)
             if t is not None
         }
-        with _apart([edge[0] for edge in edges]):
+        with _separated([edge[0] for edge in edges]):
             inputs = [GradientEdge(*edge) for edge in edges]
-            return _derived(found, tangents, v, inputs, list(edges.values()))
+            return _differentiate(g, tangents, v, inputs, list(edges.values()))
 
 
-def push_through(
+def apply_to(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], node: Node, *tangents: Tangent
-) -> Pushed:
-    """Do the same for an operation that is given as a function of tensors."""
+) -> Pushforward:
+    """Return the same for an operation that is given as a function of its inputs."""
     with torch.enable_grad():
         x = [t.detach().requires_grad_() for t in inputs]
         (v,) = _adjoints(node)[:1]
-        found = torch.autograd.grad(function(*x), x, v, create_graph=True)
-        moved = [(a, t) for a, t in zip(x, tangents, strict=False) if t is not None]
-        return _derived(found, tangents, [v], [a for a, _ in moved], [t for _, t in moved])
+        g = torch.autograd.grad(function(*x), x, v, create_graph=True)
+        active = [(a, t) for a, t in zip(x, tangents, strict=False) if t is not None]
+        return _differentiate(g, tangents, [v], [a for a, _ in active], [t for _, t in active])
 
 
 def _adjoints(node: Node) -> list[Tensor]:
     """Return the adjoints of all outputs as variables."""
-    outputs = range(len(node.autograd._input_metadata))
+    outputs = range(len(pytorch_internals.output_metadata(node.autograd)))
     known = [node.adjoints[i] if i < len(node.adjoints) else None for i in outputs]
     return [
         (node.zeros(i) if adjoint is None else adjoint.detach()).requires_grad_()
@@ -89,36 +90,39 @@ def _adjoints(node: Node) -> list[Tensor]:
     ]
 
 
-def _derived(
-    found: Sequence[Tensor | None],
+def _differentiate(
+    g: Sequence[Tensor | None],
     tangents: Sequence[Tangent],
     v: Sequence[Tensor],
-    inputs: Sequence[Any],
-    moved: Sequence[Tensor],
-) -> Pushed:
-    """Differentiate <g(v), x'>, where `found` is g(v), with respect to v and the inputs."""
+    active_inputs: Sequence[Any],
+    active_tangents: Sequence[Tensor],
+) -> Pushforward:
+    """Differentiate <g(v), x'> with respect to v and the inputs."""
     pairs = [
-        (g, t.expand_as(g))
-        for g, t in zip(found, tangents, strict=False)
-        if g is not None and t is not None and g.requires_grad
+        (g_i, t.expand_as(g_i))
+        for g_i, t in zip(g, tangents, strict=False)
+        if g_i is not None and t is not None and g_i.requires_grad
     ]
     if not pairs:
-        return Pushed([None] * len(v))
+        return Pushforward([None] * len(v))
     derivatives = torch.autograd.grad(
-        [g for g, _ in pairs],
-        [*v, *inputs],
+        [g_i for g_i, _ in pairs],
+        [*v, *active_inputs],
         [t for _, t in pairs],
         allow_unused=True,
         retain_graph=True,
     )
     second: Sequence[Tensor | None] = derivatives[len(v) :]
-    pairs = [(h, t) for h, t in zip(second, moved, strict=True) if h is not None]
-    terms = [dot(h, t).to(torch.float64) for h, t in pairs]
-    return Pushed(list(derivatives[: len(v)]), torch.stack(terms).sum() if terms else None)
+    terms = [
+        dot(h, t).to(torch.float64)
+        for h, t in zip(second, active_tangents, strict=True)
+        if h is not None
+    ]
+    return Pushforward(list(derivatives[: len(v)]), torch.stack(terms).sum() if terms else None)
 
 
-class _apart:  # noqa: N801
-    """Keep derivatives that reach one input from flowing on into another input."""
+class _separated:  # noqa: N801
+    """Let no derivative that reaches one input flow on into another input."""
 
     def __init__(self, nodes: list[Any]) -> None:
         several = len(set(nodes)) > 1

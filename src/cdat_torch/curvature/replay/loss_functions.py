@@ -1,4 +1,4 @@
-"""Losses that are one operation: functions of the single entries, reduced to a mean or a sum."""
+"""Losses that are one operation: rho of each element, reduced to a mean or a sum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdat_torch.curvature.replay.arithmetic import dot
-from cdat_torch.curvature.replay.registry import Node, Pushed, Tangent, linear, rule
+from cdat_torch.curvature.replay.registry import Node, Pushforward, Tangent, linear, nonlinear
 
 _NONE, _MEAN = 0, 1
 _ATEN = torch.ops.aten
@@ -17,7 +17,7 @@ _ATEN = torch.ops.aten
 
 @linear("NllLossBackward0", "NllLoss2DBackward0")
 def nll_loss(node: Node, dx: Tensor) -> Tangent:
-    """Minus the entries at the targets, weighted."""
+    """Minus the weighted elements at the targets."""
     forward = _ATEN.nll_loss2d_forward if "2D" in node.name else _ATEN.nll_loss_forward
     names = ("target", "weight", "reduction", "ignore_index")
     return forward(dx, *map(node.saved, names))[0]  # type: ignore[no-any-return]
@@ -27,48 +27,48 @@ def loss_of_difference(*names: str) -> Callable[[Callable[[Node, Tensor], Any]],
     """Register ``factor(node, x - target) -> rho''`` of a loss rho(x - target)."""
 
     def register(factor: Callable[[Node, Tensor], Any]) -> Any:
-        def push(node: Node, dx: Tangent, dt: Tangent = None) -> Pushed:
-            moved = (0.0 if dx is None else dx) - (0.0 if dt is None else dt)
-            assert isinstance(moved, Tensor)
+        def apply(node: Node, dx: Tangent, dt: Tangent = None) -> Pushforward:
+            tangent = (0.0 if dx is None else dx) - (0.0 if dt is None else dt)
+            assert isinstance(tangent, Tensor)
             difference = node.saved("self") - node.saved("target")
-            return _reduced(node, moved, factor(node, difference), _slope_of_difference(node))
+            return _reduced(node, tangent, factor(node, difference), _slope_of_difference(node))
 
-        rule(*names)(push)
+        nonlinear(*names)(apply)
         return factor
 
     return register
 
 
 def loss_of_prediction(*names: str) -> Callable[[Callable[[Node], Tensor]], Any]:
-    """Register ``factor(node) -> rho''`` of a loss rho(x) of entries, the target a constant."""
+    """Register ``factor(node) -> rho''`` of a loss rho(x) with a constant target."""
 
     def register(factor: Callable[[Node], Tensor]) -> Any:
-        def push(node: Node, dx: Tensor, *others: Tangent) -> Any:
+        def apply(node: Node, dx: Tensor, *others: Tangent) -> Any:
             if any(other is not None for other in others):
                 return NotImplemented
             return _reduced(node, dx, factor(node), node.vjp(torch.ones_like(node.zeros()))[0])
 
-        rule(*names)(push)
+        nonlinear(*names)(apply)
         return factor
 
     return register
 
 
 def _slope_of_difference(node: Node) -> Tangent:
-    """Return rho'; backward computes it for those of the two tensors that are no constants."""
+    """Return rho'; backward gives it for the prediction or minus it for the target."""
     of_prediction, of_target = node.vjp(torch.ones_like(node.zeros()))
     return -of_target if of_prediction is None and of_target is not None else of_prediction
 
 
-def _reduced(node: Node, moved: Tensor, factor: Any, slope: Tangent) -> Pushed:
-    """Return what rho' and rho'' along `moved` give; rho' is what backward makes of ones."""
+def _reduced(node: Node, dx: Tensor, factor: Any, slope: Tangent) -> Pushforward:
+    """Return the reduced rho' x' and rho'' x'^2; `slope` is rho', `factor` is rho''."""
     reduction = node.saved("reduction")
     assert slope is not None
     if reduction == _NONE:
-        return Pushed(slope * moved, dot(node.adjoint * factor * moved, moved))
-    weight = node.adjoint / (moved.numel() if reduction == _MEAN else 1)
-    tangent = dot(slope, moved.expand_as(slope)).to(slope.dtype).view(node.shape())
-    return Pushed(tangent, weight.reshape(()) * dot(factor * moved, moved))
+        return Pushforward(slope * dx, dot(node.adjoint * factor * dx, dx))
+    weight = node.adjoint / (dx.numel() if reduction == _MEAN else 1)
+    tangent = dot(slope, dx.expand_as(slope)).to(slope.dtype).view(node.shape())
+    return Pushforward(tangent, weight.reshape(()) * dot(factor * dx, dx))
 
 
 @loss_of_difference("MseLossBackward0")
