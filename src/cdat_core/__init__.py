@@ -1,7 +1,7 @@
 """Curvature-aware learning-rate tuning for any array framework.
 
-The core holds update rules (`tuners`, `linesearch`) on scalars and curvature estimators on opaque
-vectors. It needs nothing but the array API: importing it loads no array framework.
+The core holds tuners and line searches, which see scalars, and curvature estimators, which see
+opaque vectors. It needs only the array API: importing it loads no array framework.
 """
 
 from cdat_core import dynamics, extend, linesearch, testing, tuners

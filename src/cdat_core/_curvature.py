@@ -97,8 +97,8 @@ def finite_difference_hvp(
 
     ``H v`` is approximated by ``(g(w + h v) - g(w - h v)) / (2 h)``, where h is chosen for each v
     so that the parameters move by the length ``step * max(1, |w|)``. The error is of second order
-    in that length plus the rounding of the gradients divided by it. Networks with kinks (ReLU) have
-    differences that see the kinks, which the Hessian does not.
+    in that length plus the rounding of the gradients divided by it. With kinks (ReLU) the
+    difference sees the kinks; the Hessian does not.
 
     Parameters
     ----------
@@ -193,19 +193,20 @@ def preconditioned(
     *,
     space: InnerProductSpace[V],
 ) -> HessianVectorProduct[V]:
-    """Return ``v -> P^-1/2 H P^-1/2 v``, the Hessian as a preconditioned method meets it.
+    """Return ``v -> P^-1/2 H P^-1/2 v``, the Hessian that a preconditioned method sees.
 
     Its largest eigenvalue is the sharpness that limits the rate of the update ``u = -P^-1 g``. It
-    has the eigenvalues of ``P^-1 H``, and unlike that it is symmetric, as the estimators require.
+    has the eigenvalues of ``P^-1 H``, and unlike ``P^-1 H`` it is symmetric, as the estimators
+    require.
 
     Parameters
     ----------
     hvp : HessianVectorProduct
         The operator ``v -> H v``, symmetric.
     inverse_sqrt : callable or Scalar
-        ``v -> P^-1/2 v``, symmetric and linear, or a number that stands for a multiple of the
-        identity. For Adam P is the diagonal matrix ``sqrt(v_hat) + eps`` with the bias-corrected
-        second moment, so this divides each entry by ``sqrt(sqrt(v_hat) + eps)``.
+        ``v -> P^-1/2 v``, symmetric and linear, or a number, for a multiple of the identity. For
+        Adam, P is the diagonal matrix ``sqrt(v_hat) + eps`` with the bias-corrected second moment,
+        so `inverse_sqrt` divides each entry by ``sqrt(sqrt(v_hat) + eps)``.
     space : InnerProductSpace
         The inner product of the vectors; used only if `inverse_sqrt` is a number.
 

@@ -1,4 +1,4 @@
-"""The spectral density of a Hessian: how its eigenvalues are distributed, matrix-free."""
+"""The spectral density of a Hessian: the distribution of its eigenvalues, matrix-free."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ class SpectralDensity(NamedTuple):
     Attributes
     ----------
     nodes : array
-        Where the mass sits, shape (probes, num_matvecs), in units of H; ascending in each row.
+        The positions of the mass, shape (probes, num_matvecs), in units of H; ascending in each
+        row.
     weights : array
-        The mass of each node, shape (probes, num_matvecs), not negative, of sum 1. A node of
-        weight 0 is a filler: the run of its probe had ended before.
+        The mass of each node, shape (probes, num_matvecs), not negative, of sum 1. A node of weight
+        0 is padding: the process of its probe had ended early.
     standard_error : Scalar
         Estimate of the sampling error from using few probes, in Wasserstein-1 distance (in units
         of H, like the nodes); inf for one probe.
     quadrature_error : Scalar
-        Estimate of the error from using few products, in the same distance: how far the rules of
-        ``num_matvecs`` and of half as many nodes are apart, on average over the probes; inf for
-        ``num_matvecs=1``. As a rule it errs on the large side, for it is about the error of the
-        shorter rule.
+        Estimate of the error from using few products, in the same distance: between the quadrature
+        rules with ``num_matvecs`` and with half as many nodes, averaged over the probes; inf for
+        ``num_matvecs=1``. It is usually too large, because it estimates the error of the shorter
+        rule.
     num_matvecs : Scalar
         Hessian-vector products spent in all, int32.
     """
@@ -57,8 +58,8 @@ def spectral_density(
 
     Each probe z has a spectral measure, with the mass ``<z, v_i>**2 / |z|**2`` at the eigenvalue of
     the eigenvector v_i. `num_matvecs` Lanczos steps from z give its Gauss quadrature rule, exact
-    for polynomials up to the degree ``2 * num_matvecs - 1``. The average over random probes tends
-    to the spectral density, with the mass 1/n at each of the n eigenvalues.
+    for polynomials up to the degree ``2 * num_matvecs - 1``. The average over random probes
+    converges to the spectral density, with the mass 1/n at each of the n eigenvalues.
 
     Parameters
     ----------
@@ -66,24 +67,24 @@ def spectral_density(
         The operator ``v -> H v``, symmetric.
     probes : sequence of V
         Random vectors whose entries are independent with mean 0 and variance 1, such as Gaussians
-        or random signs. They are normalised inside. A zero probe is left out; if all are zero, so
-        are all weights.
+        or random signs. They are normalised internally. A zero probe is left out; if all are zero,
+        so are all weights.
     num_matvecs : int
         Products to spend on each probe, at least 1.
     space : InnerProductSpace
         The inner product of the vectors.
     reorthogonalize : bool, optional
-        As in `lanczos`. Without it memory is three vectors, and the density stays about as good.
+        As in `lanczos`. Without it, three vectors are in memory, and the density is about as good.
     process, over : callable, optional
-        What runs the Lanczos process and what applies a function to each of several vectors, called
-        as `lanczos` and `map`; for adapters that compile, whose loops are not those of Python.
+        Replacements for `lanczos` and `map` with the same signatures, for adapters that compile the
+        loops.
 
     Returns
     -------
     SpectralDensity
-        Nodes and weights. The integral of f against the density is ``sum(weights * f(nodes))``,
-        and n times that estimates the trace of f(H). Anything not finite on the way makes all
-        weights and errors NaN.
+        Nodes and weights. The integral of f against the density is ``sum(weights * f(nodes))``, and
+        n times that estimates the trace of f(H). If anything is not finite, all weights and errors
+        are NaN.
 
     Raises
     ------
@@ -122,7 +123,7 @@ def spectral_density(
         run = process(
             hvp, probe, num_matvecs=num_matvecs, space=space, reorthogonalize=reorthogonalize
         )
-        return run._replace(vectors=())  # let go of the vectors
+        return run._replace(vectors=())  # frees their memory
 
     runs = list(over(run_from, probes))
     rules = [_gauss_rule(run, num_matvecs) for run in runs]
@@ -177,7 +178,7 @@ def _sampling_error(nodes: Scalar, masses: Scalar, share: Scalar) -> Scalar:
     xp = namespace(nodes)
     probes = nodes.shape[0]
     used = xp.sum(masses, axis=-1)
-    # Row i compares probe i with the average; of the nodes of other probes it has no mass.
+    # Row i compares probe i with the average; at the nodes of other probes it has no mass.
     zero = xp.zeros_like(masses)
     own = [
         xp.concat([masses[j, :] if j == i else zero[j, :] for j in range(probes)])
@@ -196,7 +197,7 @@ def _sampling_error(nodes: Scalar, masses: Scalar, share: Scalar) -> Scalar:
 def _quadrature_error(
     runs: list[LanczosResult[V]], rules: list[tuple[Scalar, Scalar]], share: Scalar
 ) -> Scalar:
-    """Return the mean distance of the rules from those of half as many nodes."""
+    """Return the mean distance of the rules from those with half as many nodes."""
     xp = namespace(share)
     half = runs[0].diagonal.shape[0] // 2
     if half == 0:

@@ -13,7 +13,7 @@ from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
 
 
 class PowerIterationState(NamedTuple, Generic[V]):
-    """Where a power iteration stands; pass it back to `power_iteration` for a warm start.
+    """The state of a power iteration; pass it back to `power_iteration` for a warm start.
 
     Attributes
     ----------
@@ -103,8 +103,8 @@ class TopEigenvalues(NamedTuple, Generic[V]):
     values : array
         The eigenvalues, descending; shape (k,), or (2 k,) for both ends.
     vectors : tuple of V
-        An approximate eigenvector of unit norm for each. Its inner product with the start vector
-        is not negative.
+        An approximate eigenvector of unit norm for each value. Its inner product with the start
+        vector is not negative.
     residual_norms : array
         ``|H v - value * v|`` for each pair, up to rounding errors of H: an eigenvalue of H lies
         at most this far from the value.
@@ -135,11 +135,11 @@ def top_eigenvalues(
     hvp : HessianVectorProduct
         The operator ``v -> H v``, symmetric.
     start : V or TopEigenvalues
-        A start vector, best a random one. The result of an earlier call stands for the sum of its
-        vectors, which saves products when H has changed a little. Beware: where H has not changed
-        and the vectors have converged, their sum sees nothing of the rest of the spectrum, and an
-        eigenvalue that has newly come to the top stays hidden. Add some noise to the sum if that
-        matters.
+        A start vector, best a random one. Given the result of an earlier call, the sum of its
+        vectors is the start, which saves products when H has changed a little. Beware: once the
+        vectors have converged and H no longer changes, their sum has no component in the rest of
+        the spectrum, and an eigenvalue that has become the largest stays hidden. Add noise to the
+        sum if that matters.
     k : int, optional
         How many eigenvalues at each end.
     num_matvecs : int
@@ -151,16 +151,14 @@ def top_eigenvalues(
         The end of the spectrum, by sign, not by magnitude; with ``"both"`` the k largest are
         followed by the k smallest, from the same products.
     process : callable, optional
-        What runs the Lanczos process, called as `lanczos`; for adapters that compile, whose loop is
-        not one of Python.
+        A replacement for `lanczos` with the same signature, for adapters that compile the loop.
 
     Returns
     -------
     TopEigenvalues
-        The pairs with their residuals. Where the process ends early and has found fewer pairs, the
-        last entries are filled with value 0, a zero vector and the residual inf. From one start
-        vector an eigenvalue of higher multiplicity is seen once. A zero start gives nothing but
-        such entries.
+        The pairs with their residuals. If the process ends early with fewer pairs, the last entries
+        have the value 0, a zero vector and the residual inf; after a zero start all entries do. An
+        eigenvalue of higher multiplicity is found only once.
 
     Raises
     ------
@@ -170,7 +168,7 @@ def top_eigenvalues(
 
     See Also
     --------
-    lanczos : The process behind it, its breakdown and its range.
+    lanczos : The process, its breakdown and its range.
     power_iteration : Two vectors in memory, slower convergence.
 
     Examples
@@ -221,7 +219,7 @@ def top_eigenvalues(
 
 
 def _selected(num_valid: Scalar, k: int, which: str) -> Scalar:
-    """Return the places of the wanted among `num_valid` ascending values, negative for none."""
+    """Return the indices of the wanted among `num_valid` ascending values; negative if missing."""
     xp = namespace(num_valid)
 
     def descending(end: Scalar, first: int, count: int) -> list[Scalar]:
@@ -229,7 +227,7 @@ def _selected(num_valid: Scalar, k: int, which: str) -> Scalar:
 
     if which == "largest":
         return xp.stack(descending(num_valid, 0, k))
-    # Places that both ends would claim are given to the largest.
+    # Values that both ends would claim go to the largest.
     wanted = k if which == "smallest" else 2 * k
     bottom = xp.where(num_valid < wanted, num_valid, xp.zeros_like(num_valid) + wanted)
     if which == "smallest":

@@ -61,19 +61,19 @@ def lanczos(
     hvp : HessianVectorProduct
         The operator ``v -> H v``, symmetric.
     start : V
-        The start vector, of any non-zero length. What it has no part of is never found. A zero
-        vector gives zero coefficients and ``num_valid = 0``, and so does a vector whose squared
-        length leaves the range of the scalars.
+        The start vector, of any non-zero length. Eigenvectors orthogonal to it are never found. A
+        zero vector gives zero coefficients and ``num_valid = 0``, and so does a vector whose
+        squared length leaves the range of the scalars.
     num_matvecs : int
         Products to spend, at least 1; static, since the loop is unrolled. More than the dimension
-        of the space are allowed and useless.
+        of the space are allowed but add nothing.
     space : InnerProductSpace
         The inner product of the vectors.
     reorthogonalize : bool, optional
         Make each vector orthogonal to all before it, with two Gram-Schmidt passes. This takes
-        memory for m vectors and ``2 m**2`` inner products. Without it three vectors are in memory,
-        and once an eigenvalue has converged, rounding lets copies of it appear among the
-        eigenvalues of T: harmless to a spectral density, wrong for a list of eigenvalues.
+        memory for m vectors and ``2 m**2`` inner products. Without it, three vectors are in memory,
+        but once an eigenvalue has converged, rounding makes copies of it appear among the
+        eigenvalues of T: harmless in a spectral density, wrong in a list of eigenvalues.
 
     Returns
     -------
@@ -87,27 +87,27 @@ def lanczos(
 
     Notes
     -----
-    The process ends by itself (breaks down) when the Krylov space is exhausted, that is, when a
+    The process breaks down, that is, ends early, when the Krylov space is exhausted: when a
     coefficient falls below 16 rounding errors of the largest coefficient so far, or when a vector
     loses half of its length in the second Gram-Schmidt pass. The rest of the result is then zero,
     and the eigenvalues of the leading block are eigenvalues of H up to rounding. The rounding error
-    is measured on the vectors, whose precision may be lower than that of the scalars. A start in
-    an invariant subspace whose end is hidden by larger errors of `hvp`, or on which H is zero next
-    to its norm elsewhere, goes on with the noise as a new direction: by then T has a tiny
-    coefficient, and the result is a valid run for an H changed by those errors.
+    is measured on the vectors, whose precision may be lower than that of the scalars. Larger errors
+    of `hvp` can hide the end of an invariant subspace, and so can an H that is negligible on it
+    compared with its norm elsewhere. The process then continues with noise as a new direction: T
+    has a tiny coefficient, and the result is a valid run for H plus those errors.
 
     Compiled, the unrolled loop is a graph of about ``4 * num_matvecs**2`` vector operations with
-    reorthogonalisation; above a few dozen steps rather compile `hvp` alone.
+    reorthogonalisation; beyond a few dozen steps, compile `hvp` alone.
 
     Squared lengths must stay in the range of the scalars: in float32 the operator should have a
-    norm between 1e-18 and 1e18. Below it counts as zero. Above, and wherever `hvp` or `start` is
-    not finite, coefficients are not finite.
+    norm between 1e-18 and 1e18. A smaller norm counts as zero; with a larger one, and wherever
+    `hvp` or `start` is not finite, the coefficients are not finite.
 
-    The method is in Golub and Van Loan, Matrix Computations, chapter 10.
+    The method is described in Golub and Van Loan, Matrix Computations, chapter 10.
 
     Examples
     --------
-    Three eigenvalues, hence three steps, whatever is asked for:
+    Three distinct eigenvalues, hence three steps, even if more are asked for:
 
     >>> import numpy as np
     >>> from cdat_core import ArraySpace

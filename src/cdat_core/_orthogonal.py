@@ -19,7 +19,7 @@ def normalized(x: V, *, space: InnerProductSpace[V]) -> V:
 
 
 def remove(x: V, basis: Sequence[V], *, space: InnerProductSpace[V]) -> V:
-    """Return `x` less its projection on the orthonormal `basis`: one classical Gram-Schmidt pass.
+    """Subtract from `x` its projection on the orthonormal `basis`: one classical Gram-Schmidt pass.
 
     Zero vectors in the basis change nothing.
     """
@@ -34,14 +34,14 @@ def remainder(
 ) -> tuple[V, Scalar, Scalar]:
     """Return what two Gram-Schmidt passes leave of `x`, its length, and whether it collapsed.
 
-    `remove_all` makes one pass: it takes the projection on the basis off a vector, as `remove`.
-    It has collapsed if the second pass took away half of what the first had left: `x` lies in the
-    span up to rounding, and the remainder is no direction but noise.
+    `remove_all` makes one pass: like `remove`, it subtracts the projection on the basis. The vector
+    has collapsed if the second pass removes more than half of what the first one left. It then lies
+    in the span up to rounding, and the remainder is noise.
 
-    Two passes give orthogonality to rounding unless the second still removes much, which it does
-    only when the first left rounding errors and nothing else (Parlett, The Symmetric Eigenvalue
-    Problem, section 6.9: twice is enough). This test needs no machine epsilon, so it holds for
-    vectors of any precision.
+    Two passes give orthogonality up to rounding unless the second still removes much, which happens
+    only when the first left nothing but rounding errors (Parlett, The Symmetric Eigenvalue Problem,
+    section 6.9: twice is enough). The test needs no machine epsilon, so it works for vectors of any
+    precision.
     """
     x = remove_all(x)
     before = norm(x, space=space)

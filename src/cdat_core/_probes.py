@@ -10,8 +10,8 @@ from cdat_core._types import V
 def checked_probes(probes: Sequence[V], *, at_least: int) -> Sequence[V]:
     """Require a sequence of `at_least` vectors; its length is static.
 
-    A single array is refused: whether its rows or its entries are the vectors is the caller's
-    knowledge.
+    A single array is refused: only the caller knows whether its rows or its entries are the
+    vectors.
     """
     if not isinstance(probes, Sequence):
         msg = (

@@ -2,8 +2,8 @@
 
 Both share one policy for dtypes. Vectors keep theirs. Half precision (float16, bfloat16) is widened
 to float32 for each operation: inner products are float32, other results are rounded once. Wider
-floating dtypes are used as they are. Integers and booleans are refused by the inner product: on the
-way all results would be rounded to integers.
+floating dtypes are used as they are. The inner product refuses integers and booleans, because all
+results would be rounded to integers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Array = Any
 class ArraySpace:
     """Arrays of any shape with the Euclidean inner product.
 
-    Complex arrays are taken as real vectors of twice the length: ``vdot`` is ``Re <x, y>``.
-    The inner product is accumulated in the dtype of the arrays, or in float32 if that is narrower.
+    Complex arrays are treated as real vectors of twice the length: ``vdot`` is ``Re <x, y>``. The
+    inner product is accumulated in the dtype of the arrays, or in float32 if that is narrower.
 
     Examples
     --------

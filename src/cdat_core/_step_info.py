@@ -8,7 +8,7 @@ from cdat_core._types import Scalar
 
 
 class StepInfo(NamedTuple):
-    """What the last step measured and did; the numbers are 0-d arrays of the framework.
+    """The report of one training step; numbers are 0-d arrays of the framework.
 
     Attributes
     ----------
@@ -23,7 +23,7 @@ class StepInfo(NamedTuple):
     learning_rate : Scalar
         The tuned rate of the step; 0 if the step was skipped.
     skipped : Scalar
-        How many steps were skipped so far because something was not finite, int32.
+        Steps skipped so far because a loss, gradient or measurement was not finite, int32.
     method : str or None
         How the curvature was computed; None if it was not measured, or if the framework fixes the
         method before the step runs (JAX does so when it traces the step).
@@ -38,7 +38,7 @@ class StepInfo(NamedTuple):
     method: str | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the numbers that are known as Python floats, for a logger.
+        """Return the numbers that are not None as Python floats, for a logger.
 
         This waits for the device.
         """

@@ -14,7 +14,7 @@ from cdat_core._probes import checked_probes
 from cdat_core._types import HessianVectorProduct, InnerProductSpace, Scalar, V
 
 DEPENDENT = 16.0
-"""A sketch vector with less than this many rounding errors of its length outside is dropped."""
+"""A sketch vector is dropped if its part outside the others is this many rounding errors."""
 
 
 class TraceEstimate(NamedTuple):
@@ -25,8 +25,8 @@ class TraceEstimate(NamedTuple):
     estimate : Scalar
         The trace, in units of H.
     standard_error : Scalar
-        Its standard deviation over draws of the probes, estimated from their spread; inf if only
-        one probe could be used for that.
+        Its standard deviation over draws of the probes, estimated from their spread; inf if there
+        is only one probe for it.
     num_matvecs : Scalar
         Hessian-vector products spent, int32.
     """
@@ -56,8 +56,7 @@ def hutchinson_trace(
     space : InnerProductSpace
         The inner product of the vectors.
     over : callable, optional
-        What applies a function to each of several vectors, called as `map`; for adapters that
-        compile, whose loop is not one of Python.
+        A replacement for `map`, for adapters that compile the loop.
 
     Returns
     -------
@@ -100,11 +99,11 @@ def hutchpp_trace(
 ) -> TraceEstimate:
     """Estimate the trace of H by Hutch++: exactly on a sketched subspace, by probes outside it.
 
-    The first `num_sketch` probes z give the subspace spanned by the products ``H z``, which holds
-    most of the large eigenvalues. The trace of H in it is computed; to that is added the mean of
-    ``<y, H y>`` over the parts y of the other probes that lie outside it. On decaying spectra the
-    error falls like 1/num_matvecs instead of its square root, and an H of rank at most
-    `num_sketch` is exact up to rounding.
+    The first `num_sketch` probes z give the subspace spanned by the products ``H z``, which
+    captures most of the large eigenvalues. The trace of H on it is computed exactly. The mean of
+    ``<y, H y>`` is added, where y runs over the components of the other probes outside the
+    subspace. On decaying spectra the error falls like 1/num_matvecs instead of its square root, and
+    an H of rank at most `num_sketch` is exact up to rounding.
 
     Parameters
     ----------
@@ -113,20 +112,19 @@ def hutchpp_trace(
     probes : sequence of V
         At least 2 random vectors whose entries are independent with mean 0 and variance 1.
     num_sketch : int, optional
-        How many probes sketch, from 1 to ``len(probes) - 1``; by default ``len(probes) // 2``. As
-        many vectors are kept in memory.
+        Number of probes for the sketch, from 1 to ``len(probes) - 1``, by default half of them
+        (``len(probes) // 2``). This many vectors are kept in memory.
     space : InnerProductSpace
         The inner product of the vectors.
     over : callable, optional
-        What applies a function to each of several vectors, called as `map`; for adapters that
-        compile, whose loop is not one of Python.
+        A replacement for `map`, for adapters that compile the loop.
 
     Returns
     -------
     TraceEstimate
         The estimate, unbiased, with the standard error of the part outside the subspace.
-        ``len(probes) + num_sketch`` products are spent: two for each probe that sketches, one for
-        each other; by default 3/2 ``len(probes)``.
+        ``len(probes) + num_sketch`` products are spent: two for each probe of the sketch, one for
+        each of the others; by default 3/2 ``len(probes)``.
 
     Raises
     ------
@@ -135,8 +133,9 @@ def hutchpp_trace(
 
     Notes
     -----
-    Meyer, Musco, Musco and Woodruff, arXiv:2010.09649. Products that depend on those before are
-    dropped from the basis. On flat spectra `hutchinson_trace` is better for the same products.
+    Meyer, Musco, Musco and Woodruff, arXiv:2010.09649. Products that depend linearly on earlier
+    ones are left out of the basis. On flat spectra `hutchinson_trace` is better for the same number
+    of products.
 
     Examples
     --------

@@ -10,7 +10,7 @@ from cdat_core._types import Scalar
 
 
 class Ritz(NamedTuple):
-    """The eigendecomposition of an m x m tridiagonal matrix of which the leading block is alive.
+    """The eigendecomposition of the leading block of an m x m tridiagonal matrix.
 
     Attributes
     ----------
@@ -44,9 +44,9 @@ def tridiagonal_matrix(diagonal: Scalar, off_diagonal: Scalar) -> Scalar:
 def ritz_decomposition(diagonal: Scalar, off_diagonal: Scalar, num_valid: Scalar) -> Ritz:
     """Decompose the leading ``num_valid`` block of a tridiagonal matrix, of traced size.
 
-    The rest of the diagonal is set to a number beyond the Gershgorin bound of the block, so that it
-    is sorted behind the eigenvalues of the block and never shares an eigenspace with them, as it
-    would with an eigenvalue 0. Coefficients that are not finite give NaN throughout.
+    The rest of the diagonal is set to a number beyond the Gershgorin bound of the block, so that
+    these entries sort after the eigenvalues of the block and never share an eigenspace with them,
+    as zeros would with an eigenvalue 0. Coefficients that are not finite give NaN throughout.
     """
     xp = namespace(diagonal)
     zero, one = xp.zeros_like(diagonal), xp.ones_like(diagonal)

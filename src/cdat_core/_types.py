@@ -8,7 +8,7 @@ Scalar: TypeAlias = Any
 """A 0-d array of the caller's framework (a Python float is accepted as a multiplier)."""
 
 V = TypeVar("V")
-"""A vector the core never looks into: an array, a pytree, a list of sharded tensors."""
+"""A vector, opaque to the core: an array, a pytree, a list of sharded tensors."""
 
 
 class Measurement(NamedTuple):
@@ -45,7 +45,7 @@ class Measurement(NamedTuple):
 
 
 class InnerProductSpace(Protocol[V]):
-    """What the estimators ask of a vector type: an inner product and two linear operations.
+    """The operations on vectors that the estimators use: an inner product and two linear ones.
 
     The implementation owns layout, accumulation dtype, sharding and collectives. Vectors are never
     flattened and never modified in place.
@@ -84,7 +84,7 @@ class HessianVectorProduct(Protocol[V]):
 
     Examples
     --------
-    Any callable will do, here that of ``sum(w**4)`` at w:
+    Any callable works, here for the Hessian of ``sum(w**4)`` at w:
 
     >>> import numpy as np
     >>> from cdat_core import ArraySpace, directional_curvature

@@ -51,7 +51,7 @@ def in_place(self, x, a, y):
         ({"scale": lambda self, a, x: np.nan_to_num(a * x)}, "scale with the multiplier NaN"),
         (
             {"scale": lambda self, a, x: x * (a if type(a) is float else 1)},
-            "a being a 0-d array",
+            "with a as a 0-d array",
         ),
         ({"add_scale": lambda self, x, a, y: x + y}, "add_scale"),
         ({"add_scale": lambda self, x, a, y: np.nan_to_num(x + a * y)}, "add_scale with the multi"),

@@ -1,10 +1,10 @@
 """A simplified joint model of learning rate and sharpness.
 
-Along the sharpest direction the loss is a parabola whose curvature, the sharpness, itself moves: it
+Along the sharpest direction the loss is a parabola whose curvature, the sharpness, changes: it
 grows as long as training makes progress (progressive sharpening) and shrinks when the parameters
-oscillate across the valley (self-stabilization). A tuner closes the loop, because its rate depends
-on the sharpness that the rate drives. The idea of such a model is that of the paper
-(arXiv:2407.06183); the equations are a choice of this library:
+oscillate across the valley (self-stabilization). A tuner closes the loop, because the rate drives
+the sharpness and depends on it. The idea comes from the paper (arXiv:2407.06183); the equations are
+a choice of this library:
 
 ``x <- (1 - eta * lam) * x``, kept at ``|x| >= 1e-6``, and ``lam <- lam + eta * (a * s - b *
 x**2)``, kept at ``lam >= 0``, with ``s = 1 / (1 + t / tau)``, while the tuner sees ``slope =

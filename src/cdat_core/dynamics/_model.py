@@ -15,7 +15,7 @@ _SMALLEST_DISPLACEMENT = 1e-6
 
 
 class ModelState(NamedTuple):
-    """Where the model stands.
+    """The state of the joint model.
 
     Attributes
     ----------
@@ -33,10 +33,10 @@ class ModelState(NamedTuple):
 
 
 class JointModel(NamedTuple):
-    """The equations: what a tuner measures, and where a step with its rate leads.
+    """The equations: what a tuner measures, and how a step changes the state.
 
-    Both methods are pure and without branching on values, so a loop over them compiles, for example
-    in ``jax.lax.scan``. All fields may be arrays; they broadcast against the state.
+    Both methods are pure and never branch on values, so a loop over them compiles, for example in
+    ``jax.lax.scan``. All fields may be arrays; they broadcast against the state.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class JointModel(NamedTuple):
     decay_time: Any = 500.0
 
     def measure(self, state: ModelState) -> Measurement:
-        """Return what a tuner sees: the loss of both parts, slope, curvature and sharpness."""
+        """Return the loss of both parts, slope, curvature and sharpness."""
         lam = state.sharpness
         gradient = cast(self.gradient_norm, lam) * self._progress(state)
         along, bulk = (lam * state.displacement) ** 2, gradient**2
@@ -99,7 +99,7 @@ class JointModel(NamedTuple):
         )
 
     def _progress(self, state: ModelState) -> Scalar:
-        """Return s, how much training still moves: 1 at the start, falling like 1/t."""
+        """Return s, the progress that training still makes: 1 at the start, falling like 1/t."""
         time = namespace(state.sharpness).astype(state.step, state.sharpness.dtype)
         return 1 / (1 + time / cast(self.decay_time, state.sharpness))
 
@@ -135,12 +135,12 @@ def simulate(
     """Run a tuner or a line search in the joint model of rate and sharpness.
 
     Initial conditions and the constants of the model may be arrays: they broadcast, and all runs
-    advance together. A line search sees the quadratic model of each step as its loss.
+    advance together. The loss of a line search is the quadratic model of each step.
 
     Parameters
     ----------
     tuner : Tuner or LineSearch
-        The rule for the rate.
+        The tuner or line search to run.
     steps : int
         Number of steps, at least 1.
     sharpness, displacement : float or array
@@ -163,12 +163,12 @@ def simulate(
 
     Notes
     -----
-    The loop over the steps runs in Python and that of a line search looks at values, so inside
-    ``jax.jit`` put `JointModel` and the tuner in a scan of your own.
+    The loop over the steps runs in Python, and the loop of a line search reads values. Inside
+    ``jax.jit``, put `JointModel` and the tuner into your own scan.
 
     Examples
     --------
-    Under a constant rate the sharpness grows to 2 / rate; CDAT on the edge keeps it low:
+    At a constant rate the sharpness grows to 2 / rate; CDAT on the edge keeps it low:
 
     >>> from cdat_core import dynamics, tuners
     >>> constant = dynamics.simulate(tuners.constant(0.5), steps=5000)
@@ -212,7 +212,7 @@ def _common(like: Any, numbers: tuple[Any, ...]) -> Any:
     """Return zeros in the common shape of all arrays, in the dtype of `like`."""
     arrays = [number for number in numbers if hasattr(number, "dtype")]
     if like is None and not arrays:
-        # The namespace of last resort, loaded only here: the core itself imports no framework.
+        # The default namespace, imported only here: importing the core loads no framework.
         embedded: Any = importlib.import_module("array_api_compat.numpy")
         return embedded.zeros((), dtype=embedded.float64)
     like = arrays[0] if like is None else like

@@ -1,4 +1,4 @@
-"""Line searches as ask and tell: the caller evaluates the loss and drives the loop."""
+"""Line searches with an ask-and-tell interface: the caller evaluates the loss and loops."""
 
 from cdat_core.linesearch._backtracking import BacktrackingState, backtracking
 from cdat_core.linesearch._base import LineSearch, LineSearchState

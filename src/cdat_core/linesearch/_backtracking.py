@@ -24,7 +24,7 @@ class BacktrackingState(NamedTuple):
     best_step_size, best_value : Scalar
         The trial of lowest loss so far (step 0 to begin with).
     trials : Scalar
-        Trial values told so far, int32.
+        Trials told so far, int32.
     """
 
     step_size: Scalar
@@ -50,9 +50,9 @@ def backtracking(
     """Shrink the step until the loss falls enough (Armijo).
 
     A trial eta is accepted [Armijo1966]_ when ``f(w + eta u) <= f(w) + sufficient_decrease * eta *
-    slope + value_rtol * |f(w)|``. The last term is the rounding of the loss: without it a search in
-    float32 cannot end near a minimum. The first guess is `increase_factor` times the step accepted
-    at the training step before. A trial that is not finite counts as too long.
+    slope + value_rtol * |f(w)|``. The last term allows for rounding of the loss: without it a
+    search in float32 cannot succeed near a minimum. The first guess is `increase_factor` times the
+    step accepted at the last training step. A trial that is not finite counts as too long.
 
     If the slope is not negative or not finite, the search fails at once with step 0. If the trials
     run out, it fails with the trial of lowest loss, or 0 if none lowered the loss.
@@ -60,16 +60,17 @@ def backtracking(
     Parameters
     ----------
     initial_step_size : float
-        First guess where no step was accepted before, > 0.
+        First guess if no step has been accepted before, > 0.
     decrease_factor : float
         Factor from one trial to the next, in (0, 1).
     increase_factor : float or None
-        Growth of the first guess from one training step to the next, >= 1. None begins each search
+        Growth of the first guess from one training step to the next, >= 1. None starts each search
         at `initial_step_size`.
     sufficient_decrease : float
         The Armijo constant, in (0, 1).
     value_rtol : float, optional
-        Relative rounding of the loss, >= 0; by default twice the machine epsilon of the dtype.
+        Relative rounding error of the loss, >= 0; by default twice the machine epsilon of the
+        dtype.
     max_step_size : float, optional
         Largest trial, > 0.
     max_trials : int
@@ -147,7 +148,7 @@ def backtracking(
     def tell(
         state: BacktrackingState, value: Scalar, slope: Scalar | None = None
     ) -> BacktrackingState:
-        del slope  # the Armijo condition looks at the value alone
+        del slope  # the Armijo condition uses only the value
         xp = namespace(state.step_size)
         like = state.step_size
         value = xp.zeros_like(like) + cast(value, like)

@@ -1,4 +1,4 @@
-"""The shape that every line search shares: ask for a trial, tell its value."""
+"""The interface of a line search: ask for a trial, tell its loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cdat_core._types import Scalar
 
 
 class LineSearchState(Protocol):
-    """What every line-search state shows; states are NamedTuples of scalars."""
+    """The fields that every line-search state has; states are NamedTuples of scalars."""
 
     @property
     def step_size(self) -> Scalar:
@@ -23,12 +23,12 @@ class LineSearchState(Protocol):
 
     @property
     def failed(self) -> Scalar:
-        """Whether it ended without meeting its condition, boolean."""
+        """Whether the search ended without meeting its condition, boolean."""
         ...
 
     @property
     def trials(self) -> Scalar:
-        """How many trial values it was told, int32."""
+        """Number of trials told so far, int32."""
         ...
 
 
@@ -48,13 +48,13 @@ class LineSearch(NamedTuple):
         array that fixes namespace, dtype and device; `previous_step_size` is the step accepted at
         the last training step, from which the first guess grows.
     tell : callable
-        ``tell(state, value, slope=None) -> state``: the loss (and, where the search asks for it,
-        the slope) at the trial. A state that is done is returned unchanged.
+        ``tell(state, value, slope=None) -> state`` with the loss, and the slope if it is in
+        `trial_needs`, at the trial. A state that is done is returned unchanged.
     needs : frozenset of str
         The fields of `Measurement` that `init` reads.
     trial_needs : frozenset of str
-        What `tell` reads of a trial: "value", and "slope" where the search asks for the derivative
-        of the loss along the update at the trial.
+        What `tell` needs of a trial: "value", and also "slope" if the search uses the derivative of
+        the loss along the update at the trial.
     """
 
     init: Callable[..., Any]

@@ -1,8 +1,8 @@
-"""The next trial of a line search, from what two or three points know about the loss.
+"""The next trial of a line search, from the loss and slope at two or three points.
 
 The minimisers of polynomials are returned as fractions of the way from the first point to the
-second, together with whether they exist; where they do not, the fraction is 1/2. Everything is
-elementwise and free of branches; points may hold infinities and still give no warning.
+second, together with whether they exist; if not, the fraction is 1/2. All operations are
+elementwise and without branches; points may hold infinities without causing warnings.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def map_scalars(function: Callable[..., Scalar], *states: StateT) -> StateT:
 
 
 def _divided(numerator: Scalar, denominator: Scalar, exists: Scalar) -> tuple[Scalar, Scalar]:
-    """Return the quotient, or 1/2 where it does not exist, and where it does."""
+    """Return the quotient, or 1/2 where it does not exist, and whether it exists."""
     xp = namespace(numerator)
     exists = exists & (denominator != 0)
     ratio = numerator / xp.where(exists, denominator, xp.ones_like(denominator))
@@ -76,9 +76,9 @@ def _divided(numerator: Scalar, denominator: Scalar, exists: Scalar) -> tuple[Sc
 
 
 def _scaled(a: Point, b: Point) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Return slope at a, slope at b and b's value above a's for the unit interval, and usability.
+    """Return both slopes and the rise from a to b, on the unit interval, and if they are usable.
 
-    They are divided by the largest of them: only ratios matter and squares must not overflow.
+    The three numbers are divided by the largest: only ratios matter, and squares must not overflow.
     """
     xp = namespace(a.step)
     finite = xp.isfinite(b.value) & xp.isfinite(b.slope)
@@ -127,7 +127,7 @@ def secant_fraction(a: Point, b: Point) -> tuple[Scalar, Scalar]:
 def refine(
     bracket: Bracket, trial: Point, *, tilt: Scalar, rounding: Scalar, largest: Scalar
 ) -> tuple[Bracket, Scalar]:
-    """Return the bracket with the trial built in, and a step for the next trial.
+    """Return the bracket updated with a trial, and the step of the next trial.
 
     Parameters
     ----------
@@ -138,9 +138,9 @@ def refine(
     tilt : Scalar
         The slope of a line to subtract from the loss before anything is compared.
     rounding : Scalar
-        Differences of the loss up to this size mean nothing; the slopes then decide.
+        Differences of the loss up to this size are noise; the slopes then decide.
     largest : Scalar
-        No trial is longer.
+        Upper bound of the next trial.
     """
     xp = namespace(trial.step)
     closed, points = bracket.closed, (bracket.low, bracket.high, trial)
@@ -155,8 +155,9 @@ def refine(
     cubic = xp.where(level, secant, cubic)
     has_cubic = xp.where(level, has_secant, has_cubic)
 
-    # The loss is higher than at `low`: the minimum lies before the trial. The cubic is trusted if
-    # it is the more careful one, else halfway to the parabola.
+    # The loss is higher than at `low`: the minimum lies before the trial. The minimiser of the
+    # cubic is taken if it is closer to `low`, else the midpoint between it and that of the
+    # parabola.
     higher = ~(trial.value - low.value <= rounding)
     careful = xp.where(has_cubic & (cubic < quadratic), cubic, (cubic + quadratic) / 2)
     short = xp.full_like(careful, SHRINK)
@@ -179,7 +180,7 @@ def refine(
     passes = xp.abs(beyond - trial.step) > xp.abs(bound - trial.step)
     beyond = xp.where(closed & passes, bound, beyond)
 
-    # It is lower and descends even more steeply: only the far end can tell where the minimum is.
+    # It is lower and descends even more steeply: only the far end limits where the minimum is.
     fraction, _ = cubic_fraction(trial, high)
     onward = xp.where(closed, trial.step + fraction * (high.step - trial.step), limit)
 

@@ -35,9 +35,9 @@ class ZoomState(NamedTuple):
     bracket : Bracket
         The interval to search.
     tilted : Scalar
-        Boolean: whether losses are still compared after subtracting the decrease asked for.
+        Boolean: whether losses are still compared after subtracting the required decrease.
     width, previous_width : Scalar
-        Width of the bracket at the last two trials, to see that it shrinks.
+        Width of the bracket at the last two trials, to check that it shrinks.
     trials : Scalar
         Trials told so far, int32.
     """
@@ -73,16 +73,16 @@ def zoom(
         f(w + eta u) <= f(w) + sufficient_decrease * eta * slope + value_rtol * |f(w)|
         |slope at eta| <= curvature_condition * |slope|
 
-    The last term of the first line is the rounding of the loss, as in `backtracking`; differences
-    of the loss within it are not interpolated either. Unlike backtracking the search also
+    The last term of the first line allows for rounding of the loss, as in `backtracking`; smaller
+    differences of the loss are not interpolated either. Unlike backtracking, the search also
     lengthens a step that is too short. A trial costs the loss and its derivative along the update.
 
     Trials follow Moré and Thuente [More1994]_: as long as the loss keeps descending they grow by a
     factor of up to 5; once a minimum is bracketed, they are minimisers of cubics and parabolas
     through the known points, and a bracket that shrinks too slowly is halved. The first guess is
-    `increase_factor` times the step accepted at the training step before. With the default of 1 a
-    step that still fits costs one trial only; since `curvature_condition` = 0.9 is lenient, it may
-    then stay well below the minimiser along the update.
+    `increase_factor` times the step accepted at the last training step. With the default of 1 a
+    step that is still acceptable costs only one trial; since `curvature_condition` = 0.9 is
+    lenient, it may stay well below the minimiser along the update.
 
     The search fails at once with step 0 if the slope is not negative or not finite. It fails, with
     the trial of lowest loss among those that satisfy the first condition (0 if none does), if the
@@ -94,17 +94,18 @@ def zoom(
     Parameters
     ----------
     initial_step_size : float
-        First guess where no step was accepted before, > 0.
+        First guess if no step has been accepted before, > 0.
     increase_factor : float or None
-        Factor from the last accepted step to the first guess, > 0. None begins each search at
-        `initial_step_size`: right for the directions of quasi-Newton methods, whose own step is 1.
+        Factor from the last accepted step to the first guess, > 0. None starts each search at
+        `initial_step_size`, which suits quasi-Newton methods, whose natural step is 1.
     sufficient_decrease : float
         The Armijo constant, in (0, 1).
     curvature_condition : float
-        Largest part of the slope that may remain, in (0, 1) and above `sufficient_decrease`;
+        Largest fraction of the slope that may remain, in (0, 1) and above `sufficient_decrease`;
         smaller values find the minimiser along the update more exactly.
     value_rtol : float, optional
-        Relative rounding of the loss, >= 0; by default twice the machine epsilon of the dtype.
+        Relative rounding error of the loss, >= 0; by default twice the machine epsilon of the
+        dtype.
     max_step_size : float, optional
         Largest trial, > 0.
     max_trials : int
@@ -113,15 +114,15 @@ def zoom(
     Returns
     -------
     LineSearch
-        It needs value and slope, also of each trial: ``tell(state, value, slope)``. A `like` with a
-        shape gives that many independent searches.
+        It needs value and slope, also at each trial: ``tell(state, value, slope)``. If `like` has a
+        shape, its elements are independent searches.
 
     Raises
     ------
     ValueError
         If a hyperparameter is out of its range.
     TypeError
-        By ``tell``, if the slope is left out.
+        Raised by ``tell`` if the slope is missing.
 
     References
     ----------
@@ -237,7 +238,7 @@ def _started(options: _Options, guess: Scalar, value: Scalar, slope: Scalar) -> 
 
 
 def _told(options: _Options, state: ZoomState, value: Scalar, slope: Scalar) -> ZoomState:
-    """Return the state after a trial, whether or not the search was done before."""
+    """Return the state after a trial; the caller discards it if the search was already done."""
     like = state.step_size
     xp = namespace(like)
     eps = float(xp.finfo(like.dtype).eps)
@@ -252,8 +253,9 @@ def _told(options: _Options, state: ZoomState, value: Scalar, slope: Scalar) -> 
     better = decreased & ((state.best_step_size == 0) | (value < state.best_value))
     best_step_size = xp.where(better, like, state.best_step_size)
 
-    # Until the loss is low enough where it ascends, it is compared after subtracting the line of
-    # the decrease demanded: the minimum of that difference satisfies both conditions.
+    # Until a trial has both the required decrease and an ascending slope, losses are compared after
+    # subtracting the line of that decrease: the minimum of the difference satisfies both
+    # conditions.
     tilted = state.tilted & ~(decreased & (slope >= 0))
     infinite = xp.full_like(like, math.inf)
     trial = Point(like, xp.where(finite, value, infinite), xp.where(finite, slope, infinite))
@@ -271,7 +273,7 @@ def _told(options: _Options, state: ZoomState, value: Scalar, slope: Scalar) -> 
     slow = finite & (width >= REMAINDER * state.previous_width)
     inside = (left < following) & (following < right)
     following = xp.where(closed & (slow | ~inside), middle, following)
-    # Where the loss no longer tells the two ends apart, the slopes will soon be noise as well.
+    # Once the loss is the same at both ends up to rounding, the slopes will soon be noise too.
     level = xp.abs(high.value - low.value) <= rounding
     resolution = xp.where(level, eps**0.5 * right, 4 * eps * right)
     narrow = (width <= resolution) | (middle == left) | (middle == right)

@@ -27,7 +27,7 @@ _MESSAGES = {
     1: "Maximum number of iterations has been exceeded.",
     2: "The line search found no lower value.",
     3: "The loss, its gradient or its curvature is not finite.",
-    4: "The learning rate is 0 and stays so; try a tuner with an initial_learning_rate.",
+    4: "The learning rate is 0 and will stay 0; try a tuner with an initial_learning_rate.",
     99: "`callback` raised `StopIteration`.",
 }
 
@@ -38,7 +38,7 @@ def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optim
     Parameters
     ----------
     tuner_or_search : Tuner or LineSearch
-        The rule for the rate.
+        The tuner or line search that chooses the rate.
 
     Returns
     -------
@@ -46,8 +46,9 @@ def tuned(tuner_or_search: Tuner[Any] | LineSearch) -> Callable[..., scipy.optim
         Its options are ``maxiter`` (default 1000), ``gtol`` (default 1e-5: stop when the largest
         component of the gradient is below it; ``tol`` of `minimize` sets it too) and ``disp``.
         `jac` is required. The curvature comes from `hessp`, else from `hess`, else from central
-        differences of `jac`; a sharpness is the largest Ritz value of at most 8 such products,
-        started from the last one. Bounds and constraints are refused.
+        differences of `jac`; the sharpness is the largest Ritz value after at most 8 Lanczos steps,
+        each with one such product and started from the last eigenvector and the direction. Bounds
+        and constraints raise a ValueError.
 
     Examples
     --------
@@ -126,11 +127,11 @@ def minimize(
     args : tuple
         Further arguments of `fun` and its derivatives.
     tuner : Tuner or LineSearch
-        The rule for the rate.
+        The tuner or line search that chooses the rate.
     jac : callable or True
         ``jac(x, *args) -> array of shape (n,)``; True if `fun` returns value and gradient.
     hess, hessp : callable, optional
-        The Hessian, or its product ``hessp(x, v, *args)``.
+        The Hessian ``hess(x, *args)``, or the product ``hessp(x, v, *args)``.
     tol : float, optional
         Tolerance on the largest component of the gradient.
     callback : callable, optional
@@ -243,7 +244,7 @@ def _search(
     measurement: Measurement,
     previous: Any,
 ) -> tuple[Any, bool]:
-    """Return the step and whether it moves; `previous` is the last one, or 0."""
+    """Return the step and whether it is positive; `previous` is the last step, or 0."""
     trial = search.init(measurement, np.zeros_like(previous), previous)
     while not trial.done:
         there = _SPACE.add_scale(x, trial.step_size, direction)
@@ -255,7 +256,7 @@ def _search(
 
 
 class _Model:
-    """The second-order part of the measurements; remembers the sharpest direction."""
+    """The second-order part of a measurement; keeps the sharpest direction as a warm start."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -264,7 +265,7 @@ class _Model:
     def complete(
         self, measurement: Measurement, needs: frozenset[str], x: Vector, direction: Vector
     ) -> Measurement:
-        """Return the measurement with curvature and sharpness, as far as they are needed."""
+        """Return the measurement with curvature and sharpness, each if it is needed."""
         hvp = self._problem.hvp(x, _SPACE)
         if "curvature" in needs:
             curvature = directional_curvature(hvp, direction, space=_SPACE)
@@ -272,7 +273,7 @@ class _Model:
         if "sharpness" in needs:
             start = direction / np.linalg.norm(direction)
             if self._sharpest is not None:
-                # Some of both: the last eigenvector alone would hide one that has become sharper.
+                # The last eigenvector alone would hide another one that has become sharper.
                 start = start + self._sharpest.vectors[0]
             matvecs = min(direction.size, _SHARPNESS_MATVECS)
             self._sharpest = top_eigenvalues(hvp, start, num_matvecs=matvecs, space=_SPACE)
@@ -281,7 +282,7 @@ class _Model:
 
 
 def _stops(callback: Callable[..., Any], x: Vector, value: Any) -> bool:
-    """Call the callback in whichever of SciPy's two forms it has; report a StopIteration."""
+    """Call the callback in the form it accepts, of SciPy's two; return whether it stops the run."""
     try:
         names = set(inspect.signature(callback).parameters)
     except (TypeError, ValueError):  # builtins have no signature; SciPy then passes x

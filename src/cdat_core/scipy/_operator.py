@@ -1,4 +1,4 @@
-"""Hessian-vector products as SciPy's linear operators, and the other way round."""
+"""Conversions between Hessian-vector products and SciPy's linear operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_linear_operator(
     hvp : HessianVectorProduct
         ``v -> H v`` on NumPy arrays shaped like `like`.
     like : ndarray, any shape
-        Fixes shape and dtype of the vectors; its values do not matter.
+        Gives shape and dtype of the vectors; its values do not matter.
 
     Returns
     -------
@@ -58,12 +58,12 @@ def as_linear_operator(
 
 
 def from_linear_operator(operator: Any) -> HessianVectorProduct[Array]:
-    """Return anything SciPy takes as a linear operator as a Hessian-vector product.
+    """Return a Hessian-vector product from any operator that SciPy accepts.
 
     Parameters
     ----------
     operator : LinearOperator, ndarray or sparse array, shape (n, n)
-        Symmetric; that is not checked (see `cdat_core.testing.check_hvp`).
+        Symmetric, which is not checked (see `cdat_core.testing.check_hvp`).
 
     Returns
     -------

@@ -29,7 +29,7 @@ def start_vector(x0: ArrayLike) -> Vector:
     if given.dtype.kind not in "iubf":
         msg = f"x0 must hold real numbers, got {x0!r}"
         raise TypeError(msg)
-    # Half precision and integers are widened: gradients and curvatures need the digits.
+    # Half precision and integers are widened: gradients and curvatures need more digits.
     dtype = np.float64 if given.dtype.kind in "iub" else np.result_type(given.dtype, np.float32)
     start = np.array(given, dtype=dtype, ndmin=1)
     if start.ndim != 1 or start.size == 0:
@@ -41,8 +41,8 @@ def start_vector(x0: ArrayLike) -> Vector:
 class Problem:
     """The objective with its derivatives, each call counted.
 
-    Value and gradient of the last point are kept, so that a line search and the step that follows
-    it do not evaluate the same point twice.
+    The last value and gradient are kept, so that a line search and the step after it do not
+    evaluate the same point twice.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Problem:
         return result
 
     def hvp(self, x: Vector, space: ArraySpace) -> HessianVectorProduct[Vector]:
-        """Return ``v -> H(x) v`` from hessp, hess or, failing both, differences of gradients."""
+        """Return ``v -> H(x) v`` from hessp, else from hess, else from differences of gradients."""
         if self._hessp is None and self._hess is None:
             return finite_difference_hvp(self.grad, x, space=space)
 

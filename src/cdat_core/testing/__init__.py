@@ -1,8 +1,8 @@
-"""A conformance kit: what an adapter to another framework owes the core, as checks to run.
+"""A conformance kit: checks of what the core requires of an adapter to another framework.
 
-Each check raises an AssertionError that says which law failed and by how much, or returns None. The
-checks look at values, so they run eagerly, in a test. The core owns no randomness: you bring the
-vectors, best with random entries.
+Each check returns None, or raises an AssertionError that says which law failed and by how much. The
+checks read values, so run them eagerly, in a test. The core generates no random numbers: you supply
+the vectors, preferably with random entries.
 """
 
 from cdat_core.testing._tuners import check_tuner

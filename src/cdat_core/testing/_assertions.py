@@ -1,4 +1,4 @@
-"""What the checks share: numbers out of any framework, and failures that explain themselves."""
+"""Helpers of the checks: scalars as Python floats, and errors that name the law and both sides."""
 
 from __future__ import annotations
 

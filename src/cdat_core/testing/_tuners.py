@@ -21,20 +21,20 @@ def check_tuner(
 ) -> None:
     """Check the laws of a tuner on the scalars of a framework.
 
-    Checked are: rates are finite and not negative; the state keeps its type, shapes and dtypes; the
-    arguments stay as they were; a measurement that is not finite gives rate 0, leaves the averages
-    and is counted; and, unless switched off, scaling the loss leaves the rate and scaling the
-    direction by c scales it by 1/c.
+    The laws: rates are finite and not negative; the state keeps its type, shapes and dtypes; the
+    arguments are not modified; a measurement that is not finite gives rate 0, leaves the averages
+    unchanged and is counted; and, unless switched off, scaling the loss does not change the rate
+    and scaling the direction by c scales the rate by 1/c.
 
     Parameters
     ----------
     tuner : Tuner
-        What is checked.
+        The tuner to check.
     like : Scalar
         A real floating 0-d array of the framework; see ``Tuner.init``.
     loss_scale_invariant, direction_scale_inverse : bool
         Whether these two laws are meant to hold. They do not for eps > 0, absolute guards, fixed
-        rates and rules on the sharpness.
+        rates and tuners on the sharpness.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def check_tuner(
 
 
 def _follow(tuner: Tuner[Any], like: Scalar, history: Sequence[tuple[float, ...]]) -> list[float]:
-    """Return the rates along measurements, checking that states and arguments stay sound."""
+    """Return the rates along measurements; check that updates are pure and keep the dtypes."""
     state, rates = tuner.init(like), []
     wanted = [(field.dtype, tuple(field.shape)) for field in state]
     for numbers in history:
@@ -102,7 +102,7 @@ def _follow(tuner: Tuner[Any], like: Scalar, history: Sequence[tuple[float, ...]
 def _check_skip(
     tuner: Tuner[Any], like: Scalar, numbers: tuple[float, ...], field: str, bad: float
 ) -> None:
-    """Check what a tuner makes of one bad field after a good measurement."""
+    """Check the response to one bad field after a good measurement."""
     good = _measurement(like, numbers)
     _, state = tuner.update(good, tuner.init(like))
     rate, after = tuner.update(good._replace(**{field: like * 0 + bad}), state)

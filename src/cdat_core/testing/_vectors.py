@@ -17,14 +17,14 @@ def check_space(
 ) -> None:
     """Check that a space has a real inner product and two linear operations.
 
-    Checked are: `vdot` returns a real floating 0-d array, is symmetric, positive and linear;
-    `scale` and `add_scale` are linear, take Python floats and 0-d arrays, let NaN through, and
-    leave their arguments as they were.
+    The laws: `vdot` returns a real floating 0-d array and is symmetric, positive and linear;
+    `scale` and `add_scale` are linear, accept Python floats and 0-d arrays, propagate NaN, and do
+    not modify their arguments.
 
     Parameters
     ----------
     space : InnerProductSpace
-        What is checked.
+        The space to check.
     vectors : sequence of V
         At least three vectors of the same layout, none of them zero.
     rtol : float, optional
@@ -66,14 +66,14 @@ def check_space(
     multipliers = {"a Python float": 0.75, "a 0-d array": _like(space, x, 0.75)}
     for kind, a in multipliers.items():
         close(
-            f"vdot(scale(a, x), y) = a vdot(x, y), a being {kind}",
+            f"vdot(scale(a, x), y) = a vdot(x, y) with a as {kind}",
             space.vdot(space.scale(a, x), y),
             0.75 * number(space.vdot(x, y)),
             x,
             y,
         )
         close(
-            f"vdot(add_scale(x, a, y), z) = vdot(x, z) + a vdot(y, z), a being {kind}",
+            f"vdot(add_scale(x, a, y), z) = vdot(x, z) + a vdot(y, z) with a as {kind}",
             space.vdot(space.add_scale(x, a, y), z),
             number(space.vdot(x, z)) + 0.75 * number(space.vdot(y, z)),
             space.add_scale(x, 1.0, y),
@@ -89,8 +89,8 @@ def check_space(
     ):
         require(
             math.isnan(number(space.vdot(spoilt, spoilt))),
-            f"space: {name} with the multiplier NaN must give NaN: a step that is not finite has "
-            "to be seen",
+            f"space: {name} with the multiplier NaN must give NaN: a step that is not finite "
+            "must be detected",
         )
     after = [_norm(space, v) for v in vectors]
     require(
@@ -111,11 +111,11 @@ def check_hvp(
     Parameters
     ----------
     hvp : HessianVectorProduct
-        What is checked.
+        The product to check.
     vectors : sequence of V
         At least two vectors, none of them zero.
     space : InnerProductSpace
-        Their inner product, itself checked by `check_space`.
+        Their inner product; check it first with `check_space`.
     rtol : float, optional
         Allowed error, relative to the size of the terms; by default 1000 times the machine epsilon
         of the dtype of `vdot`. A product by finite differences needs a larger one.
@@ -184,8 +184,8 @@ def check_oracle(
 ) -> None:
     """Check slope and curvature along a direction against differences of the loss and its gradient.
 
-    Central differences with several steps are tried and the best one counts, because the best step
-    is not known beforehand.
+    Central differences with several steps are tried, and the best one counts, because the best step
+    is not known in advance.
 
     Parameters
     ----------
@@ -245,12 +245,12 @@ def _norm(space: InnerProductSpace[V], x: V) -> float:
 
 
 def _like(space: InnerProductSpace[V], x: V, number: float) -> Scalar:
-    """Return a 0-d array as `vdot` returns them."""
+    """Return a 0-d array like those that `vdot` returns."""
     return space.vdot(x, x) * 0 + number
 
 
 def _eps(space: InnerProductSpace[V], x: V) -> float:
-    """Return the machine epsilon of what `vdot` returns, checking that it is a scalar."""
+    """Return the machine epsilon of the result of `vdot`; check that it is a scalar."""
     product = space.vdot(x, x)
     try:
         xp = namespace(product)

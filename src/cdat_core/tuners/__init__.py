@@ -1,4 +1,4 @@
-"""Learning-rate tuners: pure rules from measurements to rates.
+"""Learning-rate tuners: pure functions from measurements to rates.
 
 A tuner is a pair of functions, ``init(like) -> state`` and
 ``update(measurement, state) -> (learning_rate, state)``, on scalars of any array framework.

@@ -11,11 +11,11 @@ from cdat_core._types import Measurement, Scalar
 
 
 class TunerState(Protocol):
-    """What every tuner state carries beside its own averages; states are NamedTuples of scalars."""
+    """The fields that every tuner state has; states are NamedTuples of scalars."""
 
     @property
     def rate(self) -> Scalar:
-        """The last positive learning rate; before the first one it is the start rate, or 0."""
+        """The last positive learning rate; before the first one, `initial_learning_rate` or 0."""
         ...
 
     @property
@@ -28,7 +28,7 @@ StateT = TypeVar("StateT", bound=TunerState)
 
 
 class Tuner(NamedTuple, Generic[StateT]):
-    """A rule from measurements to learning rates, as a pair of pure functions.
+    """A learning-rate tuner, as a pair of pure functions on scalars.
 
     Attributes
     ----------
@@ -36,9 +36,9 @@ class Tuner(NamedTuple, Generic[StateT]):
         ``init(like) -> state``. `like` is a real floating 0-d array that fixes namespace, dtype and
         device of the state (an array of any shape runs a batch of independent tuners).
     update : callable
-        ``update(measurement, state) -> (learning_rate, state)``. Pure, without branching on values:
-        it runs unchanged under numpy, ``jax.jit``, ``jax.vmap`` and on torch devices without a
-        synchronisation.
+        ``update(measurement, state) -> (learning_rate, state)``. Pure, and never branches on
+        values: it runs unchanged under numpy, ``jax.jit``, ``jax.vmap`` and on torch devices
+        without a synchronisation.
     needs : frozenset of str
         The fields of `Measurement` that `update` reads. The others may be None.
     """
@@ -54,22 +54,21 @@ def from_rule(
     *,
     needs: Iterable[str],
 ) -> Tuner[StateT]:
-    """Make a tuner of a bare formula, adding what all tuners owe their users.
+    """Make a tuner from a rule, the bare formula, and add what all tuners have in common.
 
-    Around `rule` this puts: a check that the needed fields are present, the skip of non-finite
-    measurements (rate 0, state unchanged but for the count), dtypes that stay those of the state,
-    rates that are never negative (0 instead), and the bookkeeping of ``rate``. The rule sees finite
-    scalars only.
+    The tuner checks that the needed fields are present, skips measurements that are not finite
+    (rate 0, state unchanged except for the count), casts to the dtypes of the state, replaces
+    negative rates by 0 and keeps ``rate`` up to date. The rule sees only finite scalars.
 
     Parameters
     ----------
     init : callable
         ``like -> state``, a NamedTuple of scalars with the fields ``rate`` and ``skipped``.
     rule : callable
-        ``(measurement, state) -> (learning_rate, state)``. It need not touch ``rate`` and
+        ``(measurement, state) -> (learning_rate, state)``. It need not update ``rate`` and
         ``skipped``.
     needs : iterable of str
-        Names of the `Measurement` fields the rule reads.
+        The fields of `Measurement` that the rule reads.
 
     Returns
     -------
@@ -103,7 +102,7 @@ def from_rule(
             msg = f"this tuner needs Measurement.{missing[0]}, got None; see Tuner.needs"
             raise ValueError(msg)
         xp = namespace(state.rate)
-        # The cast comes first: what overflows the dtype of the state is not finite there.
+        # The cast comes first, because a large number may overflow in the dtype of the state.
         fields = [None if field is None else cast(field, state.rate) for field in measurement]
         usable = xp.isfinite(state.rate)
         for field in fields:
@@ -133,14 +132,14 @@ def from_rule(
 
 
 class RateState(NamedTuple):
-    """State of the rules without averages; all fields are scalars.
+    """State of the tuners without averages; all fields are scalars.
 
     Attributes
     ----------
     rate : Scalar
         The last positive learning rate.
     step : Scalar
-        Measurements that the rule has used so far, int32.
+        Measurements used so far, int32.
     skipped : Scalar
         Measurements skipped because they were not finite, int32.
     """

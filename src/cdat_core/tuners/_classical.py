@@ -1,4 +1,4 @@
-"""Classical rules beside the quadratic model: Polyak, hypergradient descent, sharpness."""
+"""Classical tuners: Polyak, hypergradient descent and the edge of stability."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def polyak(
 
     For ``u = -g`` this is Polyak's rate ``(f - f_min) / |g|**2`` [Polyak1987]_; with
     `max_learning_rate` it is the bounded stochastic Polyak step of [Loizou2021]_. It needs no
-    curvature, but a good `f_min`: too low a one makes the rate grow without bound near the minimum.
-    Where the update does not descend, or the loss is not above `f_min`, the rate is 0.
+    curvature, but a good `f_min`: if that is too low, the rate grows without bound near the
+    minimum. If the update does not descend, or the loss is not above `f_min`, the rate is 0.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def polyak(
         descends = slope < 0
         ratio = xp.where(gap > 0, gap, zero) / xp.where(descends, -slope, one)
         usable = descends & xp.isfinite(ratio)
-        held = xp.where(descends, state.rate, zero)  # a ratio beyond the dtype says nothing
+        held = xp.where(descends, state.rate, zero)  # a ratio that overflows is ignored
         proposal = xp.where(usable, xp.where(usable, ratio, zero), held)
         rate = limits.limit(proposal, state.rate, first=state.step == 0)
         return rate, state._replace(step=increment(state.step, usable & (rate > 0)))
@@ -78,15 +78,16 @@ def hypergradient(
     hyper_learning_rate: Any = 0.02,
     **guards: Unpack[GuardOptions],
 ) -> Tuner[RateState]:
-    """Let the rate itself descend: ``eta <- eta * (1 - hyper_learning_rate * h)``.
+    """Apply gradient descent to the rate itself: ``eta <- eta * (1 - hyper_learning_rate * h)``.
 
     Hypergradient descent [Baydin2018]_ moves the rate against the derivative of the loss with
-    respect to the rate. Here that derivative is taken from the quadratic model, at the rate that is
-    in use: ``slope + eta * curvature``. On a quadratic loss it is the inner product of the next
-    gradient with this update, which the original computes one step later. Normalised, ``h = (slope
-    + eta * curvature) / (|slope| + eta * |curvature|)`` lies in [-1, 1], so the rate stays positive
-    and does not depend on the scale of the loss or the update. Both choices are those of this
-    library. The rule comes to rest at the greedy rate ``-slope / curvature``, only slower.
+    respect to the rate. Here the quadratic model gives this derivative at the rate in use: ``slope
+    + eta * curvature``. On a quadratic loss it is the inner product of the next gradient with this
+    update, which the original method computes one step later. Normalised, ``h = (slope + eta *
+    curvature) / (|slope| + eta * |curvature|)`` lies in [-1, 1], so the rate stays positive and
+    does not depend on the scale of the loss or the update. The model and the normalisation are
+    choices of this library. The rate converges to the greedy rate ``-slope / curvature``, but
+    slowly.
 
     Parameters
     ----------
@@ -154,11 +155,11 @@ def sharpness_edge(
 ) -> Tuner[RateState]:
     """Keep the product of rate and sharpness: ``eta = sigma / sharpness``.
 
-    With sigma = 2 a gradient step sits on the edge of stability in the sharpest direction, whatever
-    the update. A sharpness that is not positive says nothing: the last rate holds (0 before the
-    first, unless `initial_learning_rate` is given). The rate depends on the scale of the loss, not
-    on that of the update, so it suits updates of the size of the gradient (or of the preconditioned
-    gradient, with the sharpness under the same preconditioner). A baseline of this library.
+    With sigma = 2 a gradient step is on the edge of stability in the sharpest direction. If the
+    sharpness is not positive, the last rate is kept (0 before the first, unless
+    `initial_learning_rate` is given). The rate depends on the scale of the loss but not on the
+    scale of the update, so it suits updates of the size of the gradient (or of the preconditioned
+    gradient, with the sharpness under the same preconditioner). It is a baseline of this library.
 
     Parameters
     ----------

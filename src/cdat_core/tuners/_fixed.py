@@ -1,4 +1,4 @@
-"""Rates that do not look at the loss: constants and schedules, as tuners."""
+"""Tuners that ignore the loss: constants and schedules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[RateState]:
     ----------
     schedule : callable
         ``step -> learning_rate``. The step, from 0, comes as a 0-d array in the dtype of the state,
-        so array functions, comparisons and Optax schedules work on it. A non-finite rate counts as
-        a skip, after which the step is the same again; a negative one becomes 0.
+        so array functions, comparisons and Optax schedules work on it. A rate that is not finite
+        counts as a skip and does not advance the step; a negative one becomes 0.
 
     Returns
     -------
     Tuner
-        It needs nothing; fields that are given are still checked to be finite.
+        It needs nothing; a field that is given must still be finite.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def scheduled(schedule: Callable[[Scalar], Scalar]) -> Tuner[RateState]:
 
 
 def constant(learning_rate: Any) -> Tuner[RateState]:
-    """Return the same rate always.
+    """Return the same rate at every step.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def constant(learning_rate: Any) -> Tuner[RateState]:
     Returns
     -------
     Tuner
-        It needs nothing; fields that are given are still checked to be finite.
+        It needs nothing; a field that is given must still be finite.
 
     Raises
     ------

@@ -13,8 +13,8 @@ from cdat_core.tuners._base import RateState
 class GuardOptions(TypedDict, total=False):
     """The keyword arguments that limit the learning rate, for ``**guards`` in a signature.
 
-    A missing key, or None, switches a guard off. Wherever the caller's function only passes the
-    guards on, ``**guards: Unpack[GuardOptions]`` keeps them type-checked without naming them again.
+    A missing key, or None, switches a guard off. A function that only passes the guards on takes
+    ``**guards: Unpack[GuardOptions]``, which type checkers understand.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Rules on the quadratic model along the update: CDAT, quadratically greedy, on edge."""
+"""Tuners on the quadratic model along the update: CDAT, quadratically greedy, on edge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class CDATState(NamedTuple):
     denominator : Scalar
         Moving average of ``|curvature|``, started at zero.
     weight : Scalar
-        The same moving average of 1: dividing by it removes the bias of the start.
+        The same moving average of the constant 1; dividing by it removes the bias of the zero
+        start.
     skipped : Scalar
         Measurements skipped because they were not finite, int32.
     """
@@ -46,32 +47,31 @@ def cdat(
 ) -> Tuner[CDATState]:
     """Curvature Dynamics Aware Tuning: ``eta = sigma * n / (d + eps)``.
 
-    n is the moving average of ``max(-slope, 0)`` and d that of ``|curvature|``. With sigma = 1 the
-    rate minimises the (averaged) quadratic model, with sigma = 2 it sits on the edge where the
-    model returns to the present loss. The method is from [Roulet2024]_; start rate, growth cap,
-    upper bound, the skip of non-finite measurements and the hold at zero curvature are additions of
-    this library.
+    n and d are the moving averages of ``max(-slope, 0)`` and ``|curvature|``. With sigma = 1 the
+    rate minimises the (averaged) quadratic model; with sigma = 2 it is on the edge, where the model
+    returns to the current loss. The method is from [Roulet2024]_; the guards, the skip of
+    non-finite measurements and the hold at zero curvature are additions of this library.
 
-    With eps = 0 a measurement of zero curvature says nothing about the rate: the averages stay and
-    the last rate holds (0 before the first rate, unless `initial_learning_rate` is given). A tiny
-    curvature says that the rate may be huge; `max_growth`, `max_learning_rate` or eps > 0 bound it.
-    If the averaged slope is not negative, the rate is 0.
+    With eps = 0, a curvature of exactly zero gives no rate: the averages do not change and the last
+    rate is kept (0 before the first rate, unless `initial_learning_rate` is given). A tiny
+    curvature gives a huge rate, unless `max_growth`, `max_learning_rate` or eps > 0 bounds it. If
+    the averaged slope is not negative, the rate is 0.
 
     Parameters
     ----------
     sigma : float
         Scale of the rate, > 0. Above 2 the sharpness collapses in many problems.
     decay : float
-        Memory of the moving averages, in [0, 1). With 0 only the present measurement counts.
+        Memory of the moving averages, in [0, 1). With 0 only the current measurement counts.
     eps : float
-        Added to the averaged curvature (bias of the start removed), >= 0, in its units. Above 0 a
-        zero curvature counts like any other, and the rate depends on the scale of the loss.
+        Added to the averaged curvature (without the bias of the start), >= 0, in its units. If it
+        is positive, a zero curvature counts like any other, and the rate depends on the scale of
+        the loss.
     initial_learning_rate : float, optional
         Upper bound of the first rate, and the rate held until a curvature is known.
     max_growth : float, optional
-        Largest factor, >= 1, from the last positive rate to the next (with a curvature measured
-        every k steps, that is one factor in k steps). After one very small rate the way back takes
-        many steps.
+        Largest factor, >= 1, from the last positive rate to the next (if the curvature is measured
+        every k steps, once in k steps). After one very small rate, growing back takes many steps.
     max_learning_rate : float, optional
         Largest rate.
 
@@ -114,7 +114,7 @@ def cdat(
 
 
 def _averaged(sigma: Any, decay: Any, eps: Any, guards: Guards) -> Tuner[CDATState]:
-    """Return the tuner behind every rule of this module; the arguments are validated already."""
+    """Return the tuner behind all tuners of this module; the arguments are already validated."""
 
     def init(like: Scalar) -> CDATState:
         zero = namespace(like).zeros_like(like)
@@ -159,7 +159,7 @@ def quadratically_greedy(
 
     One of the two classical tuners that the paper (arXiv:2407.06183) studies. It is `cdat` with
     sigma = 1 and, by default, no averaging. Where the curvature is negative the model has no
-    minimum; that its magnitude is used there, as in `cdat`, is a choice of this library.
+    minimum; using its magnitude there, as in `cdat`, is a choice of this library.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def on_edge(
     eps: Any = 0.0,
     **guards: Unpack[GuardOptions],
 ) -> Tuner[CDATState]:
-    """Step to where the quadratic model equals the present loss: ``eta = -2 slope / |curvature|``.
+    """Step to where the quadratic model equals the current loss: ``eta = -2 slope / |curvature|``.
 
     Twice the greedy rate (arXiv:2407.06183): `cdat` with sigma = 2 and, by default, no averaging.
 
@@ -228,12 +228,12 @@ def gen(
     initial_learning_rate: Any = None,
     max_learning_rate: Any = None,
 ) -> Tuner[CDATState]:
-    """Follow the generalized Newton rule: greedy on averages, at most a factor two per update.
+    """Use the generalized Newton rate: greedy on averages, at most a factor two per update.
 
     The rate ``-slope / curvature`` of a generalized Newton step [Bu2025]_, from moving averages of
-    both as in `cdat` with sigma = 1, and never less than half or more than twice the last one. Made
-    for a curvature that is refreshed every few steps. The published code averages the rate, not its
-    two parts; averaging the parts is a choice of this library.
+    both as in `cdat` with sigma = 1, and never less than half or more than twice the last one. It
+    suits a curvature that is measured only every few steps. The published code averages the rate
+    itself; averaging slope and curvature is a choice of this library.
 
     Parameters
     ----------
