@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from cdat_core import tuners
 from cdat_torch import CDAT, TunedOptimizer
-from cdat_torch.base import fused_adam, rehearsal
+from cdat_torch.base import fused_adam, groups, rehearsal
 from cdat_torch.base.direction import base_direction
 from cdat_torch.step import rate
 from tests.torch.models import mlp
@@ -340,15 +340,19 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     params = [p.requires_grad_() for p in (*params, torch.randn(4, 3, dtype=dtype).t().detach())]
     twins = [p.detach().clone().requires_grad_() for p in params]
     base, whole = c(params, **chosen), c(twins, **chosen)
+    for group in (*base.param_groups, *whole.param_groups):
+        groups.adopt(group, 1.0, torch.tensor(0.0))
     settings = copy.deepcopy([{**group, "params": None} for group in base.param_groups])
     for _ in range(3):
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        step, held = rehearsal.tentative_step(base, params), rehearsal.HeldStep(whole, twins)
+        step = rehearsal.BaseStep(base, params)
+        held = rehearsal.BaseStep(whole, twins, needs_state=True)
         rtol = 1e-12 if dtype is torch.float64 else 2**-6  # fused kernels round weight decay less
         torch.testing.assert_close(step.direction, held.direction, rtol=rtol, atol=rtol)
-        step.conclude(torch.tensor(0.0), skip=torch.tensor(False))
+        with torch.no_grad():
+            step.commit(torch.tensor(0.0), skip=torch.tensor(False))
     assert [{**group, "params": None} for group in base.param_groups] == settings
     assert [p for group in base.param_groups for p in group["params"]] == params
 

@@ -14,8 +14,9 @@ import torch
 
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
+from cdat_torch.base import groups
 from cdat_torch.base.direction import base_direction
-from cdat_torch.base.rehearsal import tentative_step
+from cdat_torch.base.rehearsal import BaseStep
 from tests.torch.models import NanCurvature, mlp
 
 
@@ -119,10 +120,14 @@ def test_on_an_accelerator_the_state_is_kept_or_not_without_reading_why(hooked: 
     model(x).square().mean().backward()
     params = list(model.parameters())
     rate = torch.tensor(0.0)
-    tentative_step(base, params).conclude(rate, skip=torch.tensor(False))  # creates the state
+    for group in base.param_groups:
+        groups.adopt(group, 1.0, rate)
+    with torch.no_grad():
+        BaseStep(base, params).commit(rate, skip=torch.tensor(False))  # creates the state
     base_direction(bare, params)
     for skip in (False, True, False):
-        tentative_step(base, params).conclude(rate, skip=Unread(skip))  # type: ignore[arg-type]
+        with torch.no_grad():
+            BaseStep(base, params).commit(rate, skip=Unread(skip))  # type: ignore[arg-type]
         if not skip:
             base_direction(bare, params)
         for p in params:

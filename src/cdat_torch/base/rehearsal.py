@@ -194,41 +194,6 @@ class _Rehearsal:
         """Do nothing: the state is that from before the step."""
 
 
-def tentative_step(
-    base: Optimizer, params: Sequence[Tensor], *, read: bool = False
-) -> RehearsedStep | HeldStep:
-    """Return a step with `undo` and `conclude`; `BaseStep` replaces it."""
-    if read or not steps_by_parameter(base):
-        return HeldStep(base, params)
-    return RehearsedStep(base, params)
-
-
-class HeldStep(_Snapshot):
-    """`BaseStep` replaces it."""
-
-    undo = _Snapshot.rollback
-
-    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
-        """Commit the state; return False, since no parameter has moved."""
-        del rate
-        self.commit(skip)
-        return False
-
-
-class RehearsedStep(_Rehearsal):
-    """`BaseStep` replaces it."""
-
-    undo = _Rehearsal.rollback
-
-    def conclude(self, rate: Tensor, *, skip: Tensor) -> bool:
-        """Commit the state; return whether the parameters have moved as well, at `rate`."""
-        if skip.device.type == "cpu" and not bool(skip) and self.can_step_at_rate:
-            step_at(self._base, float(rate))
-            return True
-        self.commit(skip)
-        return False
-
-
 def step_at(base: Optimizer, rate: float) -> None:
     """Let `base` step at `rate` times the ``lr`` of each group, which is a multiplier."""
     multipliers = [group["lr"] for group in base.param_groups]
