@@ -72,7 +72,7 @@ def faulty(rank, size, where, rule="cdat"):
     optimizer = TunedOptimizer(base, RULES[rule])
     inputs, labels = share(x, rank, size), share(y, rank, size)
     good = lambda: F.cross_entropy(model(inputs), labels)
-    kink = lambda: (model[0].bias[0] - model[0].bias[0].detach()).clamp(min=0)
+    kink = lambda: (model[0].bias[0] - model[0].bias[0].detach()).abs()
     broken = {
         "loss": lambda: good() * torch.nan,
         "gradient": lambda: good() + kink() ** 0.5,

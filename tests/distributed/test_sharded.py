@@ -90,7 +90,7 @@ def faulty(rank, size, where):
     def kink(power):
         loss = good()
         zero = loss - loss.detach()
-        return zero.clamp(min=0) ** power if rank == 1 else zero
+        return zero.abs() ** power if rank == 1 else zero
 
     broken = {
         "loss": lambda: good() * (torch.nan if rank == 1 else 1.0),

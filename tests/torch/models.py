@@ -114,7 +114,7 @@ class NanCurvature(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        return 2 * x * grad + (x - x.detach()).clamp(min=0) ** 0.5 * 0
+        return 2 * x * grad + (x - x.detach()).abs() ** 0.5 * 0
 
 
 class ManualAttention(nn.Module):

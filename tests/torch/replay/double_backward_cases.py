@@ -35,6 +35,10 @@ def _scaled_in_place(x: Tensor) -> Tensor:
     return z
 
 
+# PyTorch 2.15 and later fill where a mask is True instead of putting at its indices.
+_MASKED_IN_PLACE = "MaskedFill" if torch.__version__ >= (2, 15) else "IndexPut"
+
+
 def _masked_in_place(x: Tensor) -> Tensor:
     z = x * 1
     z[_MASK] = 0.5
@@ -173,7 +177,7 @@ CASES: list[Case] = [
     case("IndexPut", lambda x, y: x.index_put((torch.tensor([2, 0]),), y), _S, (2, 4)),
     case("IndexPut", lambda x, y: x.index_put((torch.tensor([2, 2]),), y, accumulate=True), _S,
          (2, 4), label="accumulated"),
-    case("IndexPut", lambda x: _masked_in_place(x), _S, label="masked"),
+    case(_MASKED_IN_PLACE, lambda x: _masked_in_place(x), _S, label="masked in place"),
     case("Kthvalue", lambda x: x.kthvalue(2)[0], _S, domain="apart"),
     case("Lgamma", torch.lgamma, _S, domain="positive"),
     case("LinalgCholeskyEx", lambda x: _factor(x), (3, 3)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,15 +31,15 @@ def cubic() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "version",
-    ["2.6.0", "2.13.0", "2.13.0+cpu", "2.14.1+cu126", "2.15.0a0+git", "2.99.0.dev20300101", "3.0"],
+    ["2.13.0", "2.13.1", "2.13.0+cpu", "2.14.1+cu126", "2.15.0a0+git", "2.99.0.dev20300101", "3.0"],
 )
 def test_open_from_the_floor_on(version: str) -> None:
     assert versions.why_closed(version) is None
 
 
-@pytest.mark.parametrize("version", ["2.5.1", "2.5.1+cu124", "1.13.0", "2.5.0a0+git"])
+@pytest.mark.parametrize("version", ["2.12.1", "2.12.1+cu126", "1.13.0", "2.9.0", "2.12.0a0+git"])
 def test_closed_below_the_floor(version: str) -> None:
-    assert versions.why_closed(version) == "releases before 2.6 are not supported"
+    assert versions.why_closed(version) == "releases before 2.13 are not supported"
 
 
 @pytest.mark.parametrize("version", ["", "unknown", "v2", "2"])
@@ -51,6 +53,12 @@ def test_a_release_that_is_known_to_be_bad(version: str, monkeypatch: pytest.Mon
     assert versions.why_closed(version) == "a node saves something else"
     assert versions.why_closed("2.19.0") is None
     assert versions.why_closed("2.21.0") is None
+
+
+def test_the_floor_is_that_of_the_package() -> None:
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    torch_extra = tomllib.loads(text)["project"]["optional-dependencies"]["torch"]
+    assert torch_extra == ["torch>={}.{}".format(*versions._OLDEST)]
 
 
 def test_open_with_this_release() -> None:
