@@ -90,7 +90,7 @@ class TunedOptimizer(Optimizer):
     ----------
     base : torch.optim.Optimizer
         The wrapped optimizer.
-    last : StepInfo or None
+    last : cdat_core.extend.StepInfo or None
         The last measurement; None at first.
 
     Raises
