@@ -183,12 +183,13 @@ class TunedOptimizer(Optimizer):
             Shaped as for every ``torch.optim`` optimizer; loads with
             ``torch.load(weights_only=True)``.
         """
-        saved = checkpoint.with_tuner(
-            super().state_dict(), self._rule.state, int(self._skips.total), self._rule.until_refresh
+        numbers = checkpoint.numbers_of(self._rule.state)
+        return checkpoint.write(
+            super().state_dict(),
+            self.base,
+            checkpoint.SavedTuner(numbers, int(self._skips.total), self._rule.until_refresh),
+            None if self._rule.tracker is None else self._rule.tracker.vector,
         )
-        if self._rule.tracker is None:
-            return saved
-        return checkpoint.with_vector(saved, self._rule.tracker.vector, self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; everything is checked before anything changes.
@@ -207,9 +208,7 @@ class TunedOptimizer(Optimizer):
             If the state belongs to another tuner or to other parameters, or holds a number that is
             negative or not finite, or a tensor of another shape.
         """
-        saved, tuner = checkpoint.split(state_dict, self._rule.state, self.param_groups)
-        checkpoint.check_base_state(saved, self.base)
-        saved, vector = checkpoint.split_vector(saved, self.base)
+        saved, tuner, vector = checkpoint.read(state_dict, self.base, self._rule.state)
         self.base.load_state_dict(saved)
         self._rule.load(tuner, vector)
         self._skips.load(0 if tuner is None else tuner.skipped)

@@ -71,6 +71,18 @@ def test_another_tuners_state_is_refused_and_changes_nothing() -> None:
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_refused_state_names_its_entry() -> None:
+    model, optimizer = make(EDGE)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1]["exp_avg_sq"] = -torch.ones(5)
+    expected = (
+        r"state_dict\['state'\]\[1\]\['exp_avg_sq'\] must be .* of shape \(5,\), finite and >= 0"
+    )
+    with pytest.raises(ValueError, match=expected):
+        optimizer.load_state_dict(state)
+
+
 def test_another_number_of_groups_is_refused() -> None:
     _, optimizer = make()
     state = optimizer.state_dict()
@@ -143,7 +155,7 @@ def test_cdat_is_a_preset() -> None:
     model, optimizer = make(tuners.cdat(1.5, 0.8))
     preset_model = mlp(3, 5, 1, dtype=torch.float32)
     preset_model.load_state_dict(model.state_dict())
-    preset = CDAT(torch.optim.Adam(preset_model.parameters()), 1.5, 0.8)
+    preset = CDAT(torch.optim.Adam(preset_model.parameters()), sigma=1.5, decay=0.8)
     assert train(preset_model, preset, 4) == train(model, optimizer, 4)
 
 
@@ -199,6 +211,9 @@ SPOILT = {
     "string decay": _set((*GROUP, "betas"), ("0.9", 0.999)),
     "one decay": _set((*GROUP, "betas"), (0.9,)),
     "infinite eps": _set((*GROUP, "eps"), float("inf")),
+    "multiplier that is a flag": _set((*GROUP, "lr"), True),
+    "no rate": lambda state_dict: state_dict["param_groups"][0].pop("tuned_lr"),
+    "no eigenvector but its name": _set(("state", 0, VECTOR), None),
     "tuner that is a number": _set((*GROUP, "tuner"), 0.1),
     "tuner state that is a number": _set((*GROUP, "tuner", "state"), 0.1),
 }

@@ -1,14 +1,19 @@
 """The tuner's state inside the ``state_dict`` of the optimizer.
 
-Scalars are stored as Python numbers in each parameter group: distributed checkpointing drops
-further top-level keys and casts tensors in ``state`` to the dtype of the parameter. The eigenvector
-of the sharpness has that dtype, and is stored there.
+Scalars are stored as Python numbers in each parameter group, because distributed checkpointing
+drops other top-level keys and casts tensors in ``state`` to the dtype of the parameter. The
+eigenvector of the sharpness has that dtype and is stored in ``state``.
+
+`read` validates a checkpoint as a whole before anything is loaded. What it must hold is in the
+tables below: for the top level, a group, the tuner, and the state of a parameter.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +25,7 @@ from cdat_torch.distributed.dtensor import all_agree, local
 
 _KEY = "tuner"
 _VECTOR = "sharpness_vector"
+_MULTIPLIERS = ("lr", "direction_weight", "tuned_lr")
 
 
 class SavedTuner(NamedTuple):
@@ -30,143 +36,213 @@ class SavedTuner(NamedTuple):
     until_refresh: int
 
 
-def with_tuner(
-    state_dict: dict[str, Any], tuner_state: Any, skipped: int, until_refresh: int
+class Checkpoint(NamedTuple):
+    """A valid checkpoint, in its parts.
+
+    Attributes
+    ----------
+    base : dict
+        The state_dict of the base.
+    tuner : SavedTuner or None
+        None if the checkpoint is that of a plain optimizer.
+    vector : dict
+        The eigenvector of the sharpness by parameter; empty if there is none.
+    """
+
+    base: dict[str, Any]
+    tuner: SavedTuner | None
+    vector: dict[Tensor, Tensor]
+
+
+def write(
+    state_dict: dict[str, Any],
+    base: Optimizer,
+    tuner: SavedTuner,
+    vector: dict[Tensor, Tensor] | None,
 ) -> dict[str, Any]:
-    """Return `state_dict` with the tuner's scalars as Python numbers in each group."""
-    numbers = None
-    if tuner_state is not None:
-        numbers = {name: field.item() for name, field in tuner_state._asdict().items()}
-    saved = {"state": numbers, "skipped": skipped, "until_refresh": until_refresh}
-    for group in state_dict["param_groups"]:
+    """Return the `state_dict` of the base with the tuner's part added.
+
+    Zeros stand for an eigenvector that is not known yet: distributed checkpointing loads only what
+    it finds in the state of the new optimizer. None is for tuners without one.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for group in groups:
         group["tuned_lr"] = float(group["tuned_lr"])
-        group[_KEY] = dict(saved)
-    return state_dict
+        group[_KEY] = tuner._asdict()
+    state = dict(state_dict["state"])
+    if vector is not None:
+        for index, p in _by_index(groups, base).items():
+            if p.requires_grad:
+                part = vector[p] if p in vector else torch.zeros_like(p, requires_grad=False)
+                state[index] = {**state.get(index, {}), _VECTOR: part}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def split(
-    state_dict: dict[str, Any], tuner_state: Any, groups: list[dict[str, Any]]
-) -> tuple[dict[str, Any], SavedTuner | None]:
-    """Return the base's part of `state_dict` and the tuner's; None if it is a plain optimizer's."""
-    _check_structure(state_dict)
-    saved_groups = [dict(group) for group in state_dict["param_groups"]]
-    if len(saved_groups) != len(groups):
-        msg = f"state_dict must hold {len(groups)} parameter groups, got {len(saved_groups)}"
+def read(state_dict: Any, base: Optimizer, tuner_state: Any) -> Checkpoint:
+    """Return the parts of `state_dict`, which is checked and not changed.
+
+    Parameters
+    ----------
+    state_dict : dict
+        What `write` returned, or the ``state_dict`` of a plain optimizer.
+    base : torch.optim.Optimizer
+        The wrapped optimizer; it is not changed either.
+    tuner_state : NamedTuple of Tensor or None
+        The present state of the tuner, for the names of its fields.
+
+    Raises
+    ------
+    ValueError
+        If an entry is missing or not what the tables require.
+    """
+    _require("", state_dict, _DICT)
+    _validate("", state_dict, _TOP)
+    groups = [_copy(f"['param_groups'][{i}]", g) for i, g in enumerate(state_dict["param_groups"])]
+    state = {index: _copy(f"['state'][{index!r}]", s) for index, s in state_dict["state"].items()}
+    if len(groups) != len(base.param_groups):
+        msg = f"state_dict must hold {len(base.param_groups)} parameter groups, got {len(groups)}"
         raise ValueError(msg)
-    tuners = [group.pop(_KEY, None) for group in saved_groups]
-    if any(tuner is None for tuner in tuners):
+    tuners = [group.pop(_KEY, None) for group in groups]
+    tuner = None
+    if all(found is not None for found in tuners):
+        tuner = _tuner(tuners[0], tuner_state)
+    else:
         warnings.warn(
             "state_dict comes from an optimizer without a tuner: the tuner starts cold and the "
             "learning-rate multipliers stay as they are",
             stacklevel=3,
         )
-        for saved, group in zip(saved_groups, groups, strict=True):
-            saved.update({key: group[key] for key in ("lr", "direction_weight", "tuned_lr")})
-        return {**state_dict, "param_groups": saved_groups}, None
-    if not isinstance(tuners[0], dict) or set(tuners[0]) != set(SavedTuner._fields):
-        msg = f"state_dict must hold {SavedTuner._fields} of the tuner, got {tuners[0]!r}"
-        raise ValueError(msg)
-    for saved in (*saved_groups, tuners[0]):
-        _check_numbers(saved)
-    tuner = SavedTuner(**tuners[0])
-    expected = None if tuner_state is None else set(tuner_state._fields)
-    found = set(tuner.state) if isinstance(tuner.state, dict) else tuner.state
-    if expected != found:
-        msg = (
-            f"state_dict must hold the tuner state {expected}, got {found}: is it another tuner's?"
-        )
-        raise ValueError(msg)
-    if tuner.state is not None:
-        _check_numbers(tuner.state, every=True)
-    return {**state_dict, "param_groups": saved_groups}, tuner
+        for group, present in zip(groups, base.param_groups, strict=True):
+            group.update({name: present[name] for name in _MULTIPLIERS})
+    for i, (group, present) in enumerate(zip(groups, base.param_groups, strict=True)):
+        _validate(f"['param_groups'][{i}]", group, _group_table(group, present, base.defaults))
+    params = _by_index(groups, base)
+    for index, entries in state.items():
+        where = f"['state'][{index!r}]"
+        _require("['state']", index, _Requirement("the index of a parameter", params.__contains__))
+        _validate(where, entries, _state_table(entries, params[index], base))
+    vector = {params[i]: s.pop(_VECTOR) for i, s in state.items() if _VECTOR in s}
+    vector = {p: part.detach().to(p, copy=True) for p, part in vector.items()}
+    zero = not any(bool(local(part).any()) for part in vector.values())
+    known = not all_agree(zero, vector.values())
+    # An empty state would tell the base that it has taken a step.
+    state = {index: s for index, s in state.items() if s or not state_dict["state"][index]}
+    return Checkpoint(
+        {**state_dict, "state": state, "param_groups": groups}, tuner, vector if known else {}
+    )
 
 
-def _check_structure(state_dict: Any) -> None:
-    """Raise a ValueError unless this is what optimizers call a state_dict."""
-    parts = state_dict if isinstance(state_dict, dict) else {}
-    groups = parts.get("param_groups")
-    if not isinstance(parts.get("state"), dict) or not isinstance(groups, list):
-        msg = f"state_dict must hold a dict 'state' and a list 'param_groups', got {state_dict!r}"
-        raise ValueError(msg)
-    for group in groups:
-        indices = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(indices, list) or not all(isinstance(i, int | str) for i in indices):
-            msg = f"state_dict['param_groups'] must hold dicts with a list 'params', got {group!r}"
-            raise ValueError(msg)
+def numbers_of(tuner_state: Any) -> dict[str, Any] | None:
+    """Return the state of a tuner as Python numbers by field; None for None."""
+    if tuner_state is None:
+        return None
+    return {name: field.item() for name, field in tuner_state._asdict().items()}
 
 
-def check_base_state(state_dict: dict[str, Any], base: Optimizer) -> None:
-    """Raise a ValueError if the base's part of a checkpoint does not fit its parameters."""
-    by_index = _by_index(state_dict, base)
-    for found, group in zip(state_dict["param_groups"], base.param_groups, strict=True):
-        for name in set(found) & set(base.defaults):
-            if not _is_like(found[name], group[name]):
-                msg = f"state_dict must hold a finite {name} like {group[name]}, got {found[name]}"
-                raise ValueError(msg)
-    for index, state in state_dict["state"].items():
-        if index not in by_index or not isinstance(state, dict):
-            msg = f"state_dict['state'] must map parameters to dictionaries, got {index!r}"
-            raise ValueError(msg)
-        p = by_index[index]
-        for name, value in state.items():
-            like = base.state.get(p, {}).get(name)
-            if like is None and adapter_of(base).independent_of_params:
-                like = torch.zeros(()) if name in _SCALARS else p
-            required = _misfit(name, value, like)
-            if required is not None:
-                msg = f"state_dict['state'][{index}][{name!r}] must be {required}, got {value!r}"
-                raise ValueError(msg)
+def restore(numbers: dict[str, Any] | None, like: Any) -> Any:
+    """Return a tuner state like `like` that holds `numbers`."""
+    assert numbers is not None
+    return type(like)(
+        *(torch.full_like(field, numbers[name]) for name, field in like._asdict().items())
+    )
 
 
-def _by_index(state_dict: dict[str, Any], base: Optimizer) -> dict[int, Tensor]:
-    """Return the parameters by their index in `state_dict`; ValueError if the numbers differ."""
+def _by_index(groups: list[dict[str, Any]], base: Optimizer) -> dict[int | str, Tensor]:
+    """Return the parameters of `base` by their index in a checkpoint."""
     params = [p for group in base.param_groups for p in group["params"]]
-    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    saved = [i for group in groups for i in group["params"]]
     if len(params) != len(saved):
         msg = f"state_dict must hold {len(params)} parameters, got {len(saved)}"
         raise ValueError(msg)
     return dict(zip(saved, params, strict=True))
 
 
-def with_vector(
-    state_dict: dict[str, Any], vector: dict[Tensor, Tensor], base: Optimizer
-) -> dict[str, Any]:
-    """Return `state_dict` with the eigenvector of the sharpness in the state of each parameter.
-
-    Zeros stand for none: distributed checkpointing loads only what it finds in the state of the
-    new optimizer. The dictionaries that the base itself looks into stay as they are.
-    """
-    state = dict(state_dict["state"])
-    for index, p in _by_index(state_dict, base).items():
-        if p.requires_grad:
-            part = vector[p] if p in vector else torch.zeros_like(p, requires_grad=False)
-            state[index] = {**state.get(index, {}), _VECTOR: part}
-    return {**state_dict, "state": state}
+# What each entry must be.
 
 
-def split_vector(
-    state_dict: dict[str, Any], base: Optimizer
-) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
-    """Return the base's part of `state_dict` and the eigenvector, empty if there is none."""
-    vector, state = {}, dict(state_dict["state"])
-    for index, p in _by_index(state_dict, base).items():
-        if _VECTOR not in state.get(index, {}):
-            continue
-        rest = dict(state.pop(index))
-        part = rest.pop(_VECTOR)
-        if not isinstance(part, Tensor) or part.shape != p.shape:
-            found = tuple(part.shape) if isinstance(part, Tensor) else repr(part)
-            msg = (
-                f"state_dict['state'][{index}][{_VECTOR!r}] must be a tensor of shape "
-                f"{tuple(p.shape)}, got {found}"
-            )
-            raise ValueError(msg)
-        vector[p] = part.detach().to(p, copy=True)
-        if rest:  # an empty state tells the base that it has to begin
-            state[index] = rest
-    zero = not any(bool(local(part).any()) for part in vector.values())
-    known = not all_agree(zero, vector.values())
-    return {**state_dict, "state": state}, vector if known else {}
+class _Requirement(NamedTuple):
+    description: str
+    holds: Callable[[Any], bool]
+
+
+def _require(where: str, value: Any, requirement: _Requirement) -> None:
+    if not requirement.holds(value):
+        msg = f"state_dict{where} must be {requirement.description}, got {value!r}"
+        raise ValueError(msg)
+
+
+def _validate(where: str, values: dict[str, Any], table: Mapping[str, _Requirement]) -> None:
+    """Raise a ValueError unless `values` has every entry of the table, as required."""
+    for name, requirement in table.items():
+        _require(f"{where}[{name!r}]", values.get(name), requirement)
+
+
+def _copy(where: str, values: Any) -> dict[str, Any]:
+    _require(where, values, _DICT)
+    return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether this is one finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return False
+    return torch.as_tensor(value).numel() == 1 and math.isfinite(value)
+
+
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int | str) for i in value)
+
+
+_DICT = _Requirement("a dict", lambda value: isinstance(value, dict))
+_LIST = _Requirement("a list", lambda value: isinstance(value, list))
+_INDICES = _Requirement("a list of the indices of parameters", _are_indices)
+_AMOUNT = _Requirement("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
+
+_TOP = {"state": _DICT, "param_groups": _LIST}
+_TUNER = {"skipped": _AMOUNT, "until_refresh": _AMOUNT}
+
+
+def _tuner(found: Any, tuner_state: Any) -> SavedTuner:
+    """Return the tuner's part, checked against the present state of the tuner."""
+    where = f"['param_groups'][0][{_KEY!r}]"
+    _require(where, found, _DICT)
+    _validate(where, found, _TUNER)
+    numbers = found.get("state")
+    names = set(numbers) if isinstance(numbers, dict) else numbers
+    expected = None if tuner_state is None else set(tuner_state._fields)
+    if names != expected:
+        msg = (
+            f"state_dict must hold the tuner state {expected}, got {names}: is it another tuner's?"
+        )
+        raise ValueError(msg)
+    if expected is not None:
+        _validate(f"{where}['state']", numbers, dict.fromkeys(expected, _AMOUNT))
+    return SavedTuner(numbers, found["skipped"], found["until_refresh"])
+
+
+def _group_table(
+    found: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, _Requirement]:
+    """Return what a group must hold; options that it does not have keep their defaults."""
+    options = {
+        name: _Requirement(f"finite and like {present[name]}", partial(_is_like, present[name]))
+        for name in defaults
+        if name in found
+    }
+    return {**options, "params": _INDICES, **dict.fromkeys(_MULTIPLIERS, _AMOUNT)}
+
+
+def _is_like(present: Any, value: Any) -> bool:
+    """Return whether an option may replace the present one."""
+    if isinstance(present, tuple | list):
+        fits = isinstance(value, tuple | list) and len(value) == len(present)
+        return fits and all(map(_is_like, present, value))
+    flag = value is None or isinstance(value, bool)
+    if isinstance(present, bool):
+        return flag
+    if isinstance(present, int | float | Tensor):
+        return _is_number(value)
+    return _is_number(value) or flag or present is not None
 
 
 # What the optimizers of PyTorch keep: one number for all of a parameter, and squares or counts.
@@ -177,52 +253,47 @@ _NONNEGATIVE = (
 )
 
 
-def _misfit(name: str, value: Any, like: Any) -> str | None:
-    """Return what an entry of the state must be if `value` is not; `like` is one, if known."""
-    if not isinstance(value, torch.Tensor | int | float):
-        expected = isinstance(like, torch.Tensor | int | float) and value is not None
-        return "a number or a tensor" if expected or name in _SCALARS else None
-    numbers = torch.as_tensor(value)
-    if not bool(torch.isfinite(local(numbers)).all()):
-        return "finite"
-    if name in _NONNEGATIVE and bool((local(numbers) < 0).any()):
-        return "nonnegative"
-    if isinstance(like, torch.Tensor) and numbers.shape != like.shape:
-        return f"of shape {tuple(like.shape)}"
-    return None
+def _state_table(found: dict[str, Any], p: Tensor, base: Optimizer) -> dict[str, _Requirement]:
+    """Return what the state of a parameter must hold: entries like those of the base, if known."""
+    table = {}
+    for name in found:
+        like = base.state.get(p, {}).get(name)
+        if like is None and adapter_of(base).independent_of_params:
+            like = torch.zeros(()) if name in _SCALARS else p
+        table[name] = _entry(name, like)
+    if _VECTOR in found:
+        table[_VECTOR] = _finite("a tensor", Tensor, p)
+    return table
 
 
-def _is_like(value: Any, present: Any) -> bool:
-    """Return whether a hyperparameter may take the place of the present one."""
-    if isinstance(present, tuple | list):
-        fits = isinstance(value, tuple | list) and len(value) == len(present)
-        return fits and all(map(_is_like, value, present))
-    flag = value is None or isinstance(value, bool)
-    if isinstance(present, bool):
-        return flag
-    number = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
-    finite = number and torch.as_tensor(value).numel() == 1 and math.isfinite(value)
-    if isinstance(present, int | float | torch.Tensor):
-        return finite
-    return finite or flag or present is not None
+def _entry(name: str, like: Any) -> _Requirement:
+    """Return what an entry of the state must be; `like` is one, if known."""
+    requirement = _finite("a number or a tensor", Tensor | int | float, like, name in _NONNEGATIVE)
+    if name in _SCALARS:
+        return requirement
+    known = isinstance(like, Tensor | int | float)
+
+    def holds(value: Any) -> bool:
+        other = value is None if known else not isinstance(value, Tensor | int | float)
+        return other or requirement.holds(value)
+
+    return requirement._replace(holds=holds)
 
 
-_RATES = ("lr", "direction_weight", "tuned_lr", "skipped", "until_refresh")
+def _finite(what: str, kind: Any, like: Any, nonnegative: bool = False) -> _Requirement:
+    """Return the requirement of finite numbers, of the shape of `like` if that is a tensor."""
+    shape = like.shape if isinstance(like, Tensor) else None
 
+    def holds(value: Any) -> bool:
+        if not isinstance(value, kind):
+            return False
+        numbers = torch.as_tensor(value)
+        part = local(numbers)
+        return (
+            bool(torch.isfinite(part).all())
+            and (not nonnegative or bool((part >= 0).all()))
+            and (shape is None or numbers.shape == shape)
+        )
 
-def _check_numbers(values: dict[str, Any], *, every: bool = False) -> None:
-    """Require finite numbers >= 0 under the names that hold some, or under all."""
-    for name in values if every else set(values) & set(_RATES):
-        value = values[name]
-        number = not isinstance(value, bool) and isinstance(value, int | float | torch.Tensor)
-        if not number or not 0 <= float(value) < math.inf:
-            msg = f"state_dict must hold a finite {name} >= 0, got {value!r}"
-            raise ValueError(msg)
-
-
-def restore(numbers: dict[str, Any] | None, like: Any) -> Any:
-    """Return a tuner state like `like` that holds `numbers`."""
-    assert numbers is not None
-    return type(like)(
-        *(torch.full_like(field, numbers[name]) for name, field in like._asdict().items())
-    )
+    shaped = "" if shape is None else f" of shape {tuple(shape)}"
+    return _Requirement(f"{what}{shaped}, finite{' and >= 0' if nonnegative else ''}", holds)
