@@ -8,7 +8,7 @@ from cdat_core import measure, tuners
 
 
 class TreeSpace:
-    """MLX knows no array API, so vdot hands out NumPy scalars: one evaluation each."""
+    """MLX has no array API, so vdot returns NumPy scalars: one evaluation each."""
 
     def vdot(self, x, y):
         products = tree_map(lambda a, b: mx.sum(a * b), x, y)

@@ -7,7 +7,7 @@ from cdat_core import measure, tuners
 
 
 class TensorListSpace:
-    """tinygrad knows no array API, so vdot hands out NumPy scalars: one transfer each."""
+    """tinygrad has no array API, so vdot returns NumPy scalars: one transfer each."""
 
     def vdot(self, x, y):
         products = [(a * b).sum() for a, b in zip(x, y, strict=True)]
