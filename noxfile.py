@@ -189,7 +189,7 @@ def lab(session: nox.Session) -> None:
 @session_in("all")
 def doctests(session: nox.Session) -> None:
     """Run the examples in docstrings, the README and the docs."""
-    run(session, "pytest", "--doctest-modules", "src")
+    run(session, "pytest", "--numprocesses=2", "--doctest-modules", "src")
     pages = ["README.md", "CONTRIBUTING.md", *map(str, Path("docs").glob("*.md"))]
     run(session, "python", "docs/run_snippets.py", *pages)
 

@@ -19,7 +19,7 @@ from hypothesis import settings
 from tests.pairwise import cover
 
 settings.register_profile(
-    "default", derandomize=True, deadline=None, print_blob=True, max_examples=30
+    "default", derandomize=True, deadline=None, print_blob=True, max_examples=40
 )
 settings.register_profile("full", settings.get_profile("default"), max_examples=100)
 settings.register_profile("dev", deadline=None, print_blob=True)

@@ -6,10 +6,11 @@ from functools import partial
 import array_api_strict
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cdat_core import Measurement, linesearch
+from tests.examples import examples
 
 
 def search_along(search, scalar, f, slope, previous=None):
@@ -37,7 +38,7 @@ wiggles = st.tuples(
 )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(wiggle=wiggles, first=st.floats(1e-2, 1e2), fraction=st.floats(1e-4, 0.9))
 def test_armijo_holds_at_the_returned_step_and_at_no_trial_before(
     scalar, eps, wiggle, first, fraction
@@ -138,7 +139,7 @@ def test_no_trial_exceeds_the_largest_step(scalar, previous):
     assert trials == [1.0 if previous == 0.5 else 2.0]
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     told=st.lists(st.floats(-10, 10), min_size=3, max_size=3),
     late=st.floats(allow_nan=True, allow_infinity=True, width=32),
@@ -192,7 +193,7 @@ values = st.one_of(st.floats(-2, 2, width=32), st.sampled_from([math.nan, math.i
 
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
-@settings(max_examples=100)
+@examples(100)
 @given(
     start=values,
     slope=values,
@@ -232,7 +233,7 @@ def test_dtypes_are_kept_whatever_is_told(xp, dtype, scalar):
     assert bool(state.done)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(factors=st.tuples(st.floats(0.1, 0.9), st.floats(1, 3)), slope=st.floats(-5, -0.1))
 def test_descent_on_a_parabola_never_raises_the_loss(scalar, eps, factors, slope):
     """Ten training steps, each search starting from the step of the last."""

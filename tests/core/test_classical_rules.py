@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdat_core import Measurement, tuners
+from tests.examples import examples
 
-few = settings(max_examples=30)
+few = examples(30)
 moderate = st.floats(1e-2, 1e2)
 signed = st.one_of(moderate, moderate.map(lambda x: -x))
 histories = st.lists(st.tuples(moderate, signed, signed), min_size=1, max_size=8)

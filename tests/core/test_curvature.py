@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import rosen_der, rosen_hess, rosen_hess_prod
 
@@ -17,6 +17,7 @@ from cdat_core import (
     measure,
     power_iteration,
 )
+from tests.examples import examples
 
 SPACE = ArraySpace()
 entries = st.integers(-(3 << 10), 3 << 10).map(lambda k: k / 1024)  # far from underflow
@@ -32,7 +33,7 @@ def vectors(size):
     return st.lists(entries, min_size=size, max_size=size).map(np.array)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(matrix=matrices(4), grad=vectors(4), direction=vectors(4))
 def test_measure_of_a_dense_quadratic(xp, dtype, eps, matrix, grad, direction):
     """Rounding: at most n + 2 roundings on every term of <u, A u>, and n on those of <g, u>."""
@@ -136,7 +137,7 @@ def test_non_finite_hessian_shows(xp, dtype):
     assert math.isnan(float(found.residual_norm))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(matrix=matrices(5), grad=vectors(5), direction=vectors(5))
 def test_tuple_of_arrays_equals_the_flattened_vector(xp, dtype, eps, matrix, grad, direction):
     def split(x):
@@ -244,7 +245,7 @@ def test_power_iteration_finds_the_eigenvalue_of_largest_magnitude(xp, dtype, ep
     assert (found.vector.dtype, found.eigenvalue.dtype) == (dtype, dtype)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(matrix=matrices(4), start=vectors(4), num_matvecs=st.integers(1, 8))
 def test_residual_bounds_the_distance_to_an_eigenvalue(matrix, start, num_matvecs):
     found = power_iteration(lambda v: matrix @ v, start, num_matvecs=num_matvecs, space=SPACE)

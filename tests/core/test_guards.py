@@ -5,10 +5,11 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdat_core import Measurement, tuners
+from tests.examples import examples
 
 NOTHING = Measurement(None, None, None)
 
@@ -31,7 +32,7 @@ def greedy_rates(*rates):
     return [(-rate, 1.0) for rate in rates]
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(history=histories, initial=limits, growth=st.none() | st.floats(1, 3), ceiling=limits)
 def test_guards_combine_as_written(scalar, history, initial, growth, ceiling):
     """The limits apply in turn to the bare rate, in the dtype of the state, and to nothing else."""
@@ -97,7 +98,7 @@ def test_upper_bound_holds_from_the_first_rate_on(scalar):
     assert follow(tuner, scalar, history) == [2.0, 2.0, 1.0, 2.0]
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(history=histories, growth=st.floats(1, 2))
 def test_growth_cap_bounds_every_ratio(scalar, eps, history, growth):
     rates = follow(tuners.cdat(2.0, 0.0, max_growth=growth), scalar, history)

@@ -8,12 +8,13 @@ from typing import ClassVar
 import array_api_strict
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdat_core import ArraySpace, TupleSpace, lanczos
 from cdat_core._orthogonal import remainder, remove
 from cdat_core._tridiagonal import ritz_decomposition, tridiagonal_matrix
+from tests.examples import examples
 
 SPACE = ArraySpace()
 
@@ -164,7 +165,7 @@ def test_breakdown_is_seen_where_scalars_are_wider_than_vectors(dimension):
     )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     entries=st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e-7, 1e6, 0.3]), min_size=9, max_size=9),
     start=st.lists(st.sampled_from([0.0, 1.0, -2.0, 1e-9, 1e8]), min_size=3, max_size=3),

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.sparse.linalg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult, rosen, rosen_der, rosen_hess, rosen_hess_prod
 
 from cdat_core import Measurement, linesearch, tuners
 from cdat_core.scipy import as_linear_operator, from_linear_operator, minimize, tuned
+from tests.examples import examples
 
 GREEDY = tuners.quadratically_greedy()
 SEARCH = linesearch.backtracking()
@@ -65,7 +66,7 @@ def test_rosenbrock_is_minimised_without_curvature(tuner):
 
 
 @pytest.mark.parametrize("tuner", [GREEDY, SEARCH], ids=["greedy", "backtracking"])
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 8))
 def test_convex_quadratic_equals_its_linear_solve(tuner, seed, n):
     rng = np.random.default_rng(seed)
@@ -445,7 +446,7 @@ def test_sharpness_rule_follows_the_largest_eigenvalue():
     assert result.nhev <= 8 * result.nit
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 6))
 def test_linear_operators_go_both_ways(seed, n):
     rng = np.random.default_rng(seed)

@@ -5,10 +5,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cdat_core import ArraySpace, Measurement, measure, tuners
+from tests.examples import examples
 
 
 def newton_step():
@@ -56,7 +57,7 @@ def over(*tables):
 
 
 # Each law meets every tuner, namespace and dtype, so a few examples for each add up to hundreds.
-few = settings(max_examples=20)
+few = examples(20)
 
 moderate = st.floats(1e-3, 1e3)
 negative = moderate.map(lambda x: -x)

@@ -9,10 +9,11 @@ import array_api_strict
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdat_core import Measurement, linesearch
+from tests.examples import examples
 
 
 def start_of(scalar, f, df):
@@ -148,7 +149,7 @@ smooth = st.builds(
 )
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     function=smooth,
     decrease=st.floats(1e-4, 0.1),
@@ -381,7 +382,7 @@ def test_first_guess_comes_from_the_step_before(scalar):
     assert [guess(search, x) for x in (0.0, -1.0, math.nan, math.inf)] == [3.0, 3.0, 3.0, 3.0]
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     told=st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=3, max_size=3),
     late=st.floats(allow_nan=True, allow_infinity=True, width=32),
@@ -481,7 +482,7 @@ values = st.one_of(st.floats(-2, 2, width=32), st.sampled_from([math.nan, math.i
 
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
-@settings(max_examples=40)
+@examples(40)
 @given(
     start=values,
     slope=values,
@@ -515,7 +516,7 @@ SUBNORMAL += [(0.0, x) for x in (0.25, math.nan, -1.0, -2.0, 1.0)]
 extremes = values | st.sampled_from([1e-20, -1e-20, 1e20, -1e20])
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(told=st.lists(st.tuples(extremes, extremes), min_size=3, max_size=12))
 @example(told=[(-0.2, -0.01), (1e20, 1.0), (0.0, 0.0)])  # a parabola of no width
 @example(told=SUBNORMAL)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdat_jax import scale_by_cdat
+from tests.examples import examples
 
 seeds = st.integers(0, 2**32 - 1)
 positive = st.floats(1e-4, 1e4)
-few = settings(max_examples=25)
+few = examples(25)
 
 
 def quartic(params, scale):

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 from backends import BACKENDS, DTYPES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import (
     CDAT,
@@ -18,6 +18,7 @@ from reference import (
 )
 
 from cdat_core import ArraySpace, linesearch, measure, tuners
+from tests.examples import examples
 
 SPACE = ArraySpace()
 
@@ -42,7 +43,7 @@ MEASURE = {name: backend.wrap(measure_quadratic) for name, backend in BACKENDS.i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=50)
+@examples(50)
 @given(
     kind=kinds,
     size=st.integers(1, 50),
@@ -187,7 +188,7 @@ def test_trajectory_equals_the_reference(contender):
     tuner_or_search, make_reference, steps = CONTENDERS[contender]
     compared = []
 
-    @settings(max_examples=20)
+    @examples(20)
     @given(
         # A line search finds no bottom in an indefinite quadratic, and grows beyond all numbers.
         kind=kinds.filter(lambda kind: (contender, kind) != ("backtracking", "indefinite")),

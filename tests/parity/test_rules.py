@@ -6,10 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 from backends import BACKENDS, DTYPES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdat_core import Measurement, linesearch, tuners
+from tests.examples import examples
 
 TUNERS = {
     "cdat": tuners.cdat(),
@@ -52,7 +53,7 @@ def states_of(backend, dtype, tuner, history):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tuner", TUNERS)
-@settings(max_examples=25)
+@examples(25)
 @given(history=histories)
 def test_rates_and_states_agree(tuner, dtype, history):
     """Zeros and counts exactly; the rest up to the order of the roundings (fused, or not)."""
@@ -66,7 +67,7 @@ def test_rates_and_states_agree(tuner, dtype, history):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=50)
+@examples(50)
 @given(
     start=st.tuples(scalars, scalars),
     previous=st.integers(-2, 2),

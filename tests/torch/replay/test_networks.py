@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cdat_torch.kernels import replayable
+from tests.examples import examples
 from tests.torch.replay.harness import names, norm, replay, vdot
 
 Layer = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +108,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     loss=st.sampled_from(sorted(LOSSES)),
     tied=st.booleans(),
 )
-@settings(max_examples=80)
+@examples(80)
 def test_any_network(layers: list[str], loss: str, tied: bool) -> None:
     torch.manual_seed(len(layers))
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)

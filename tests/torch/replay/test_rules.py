@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from cdat_torch.curvature.replay import Unsupported, recording
 from cdat_torch.curvature.replay.double_backward import CHECKED
 from cdat_torch.curvature.replay.registry import OPERATION_RULES
+from tests.examples import examples
 from tests.torch.replay import (
     double_backward_cases,
     elementwise_cases,
@@ -79,7 +80,7 @@ SIDES = st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.booleans()), max
 
 
 @given(op=st.sampled_from(BINARY), sides=SIDES, dropped=st.integers(0, 3))
-@settings(max_examples=40)
+@examples(40)
 def test_any_two_shapes_that_broadcast(op, sides, dropped) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     left = tuple(1 if one else n for n, one, _ in sides)
