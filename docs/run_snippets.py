@@ -7,6 +7,7 @@ for each block, or a traceback with the line numbers of the Markdown file and ex
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,17 @@ def main(arguments: list[str]) -> int:
         warnings.simplefilter("error")
         return 0 if run(Path(arguments[0])) else 1
     # One process for each, because a page may configure a framework before it is imported.
-    command = [sys.executable, __file__]
-    codes = [subprocess.call([*command, argument]) for argument in arguments]
-    return 1 if any(codes) else 0
+    commands = [[sys.executable, __file__, argument] for argument in arguments]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return 1 if any(list(pool.map(_run_page, commands))) else 0
+
+
+def _run_page(command: list[str]) -> int:
+    """Run one page and print its output in one piece."""
+    page = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    sys.stdout.buffer.write(page.stdout)
+    sys.stdout.flush()
+    return page.returncode
 
 
 if __name__ == "__main__":
