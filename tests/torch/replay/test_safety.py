@@ -77,19 +77,23 @@ def _wrong_second(node: Node, dx: Tensor) -> Pushforward:
     return right._replace(second_order=1.01 * right.second_order)
 
 
-def _raises(node: Node, dx: Tensor) -> Pushforward:
+def _raises(node: Node, *arguments: Any) -> Any:
     return Pushforward(node.saved("a tensor that PyTorch has renamed"))
 
 
 RIGHT = OPERATION_RULES["TanhBackward0"]
-WRONG = {"tangent": _wrong_tangent, "second order": _wrong_second, "raises": _raises}
+WRONG = {
+    "tangent": OperationRule(_wrong_tangent, needs_adjoint),
+    "second order": OperationRule(_wrong_second, needs_adjoint),
+    "raises": OperationRule(_raises, needs_adjoint),
+    "needs raises": OperationRule(RIGHT.apply, _raises),
+    "hook raises": OperationRule(RIGHT.apply, needs_adjoint, reduce_adjoint=_raises),
+}
 
 
 @pytest.fixture(params=WRONG)
 def wrong_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        OPERATION_RULES, "TanhBackward0", OperationRule(WRONG[request.param], needs_adjoint)
-    )
+    monkeypatch.setitem(OPERATION_RULES, "TanhBackward0", WRONG[request.param])
 
 
 @pytest.mark.usefixtures("wrong_rule")

@@ -33,8 +33,7 @@ from cdat_torch.curvature.replay import (
     structure,
 )
 from cdat_torch.curvature.replay.recording import Recording
-from cdat_torch.curvature.replay.registry import Unsupported
-from cdat_torch.curvature.replay.verification import Mismatch
+from cdat_torch.curvature.replay.registry import Mismatch, Unsupported
 from cdat_torch.curvature.replay.versions import is_open, require_open
 
 __all__ = ["Mismatch", "Recording", "Unsupported", "is_open", "require_open"]

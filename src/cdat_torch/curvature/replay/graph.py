@@ -19,6 +19,7 @@ from cdat_torch.curvature.replay.registry import (
     Node,
     OperationRule,
     Unsupported,
+    call,
     needs_adjoint,
 )
 from cdat_torch.pytorch_internals import MissingInternal, unpack_hook
@@ -60,7 +61,7 @@ class Graph:
     Unsupported
         If an operation has no rule and is not among those that double backward is checked for; if
         it is inside an activation checkpoint; if the loss depends on a parameter other than through
-        the outputs; or if this PyTorch does not show what an operation has saved.
+        the outputs; or if the installed PyTorch does not show what an operation computed.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class Graph:
         self._collect({id(v) for v in variables})
         if outputs is not None:
             self._linear_up_to({(e.node, e.output_nr) for e in map(get_gradient_edge, outputs)})
+        self.needs = [self._needs_of(node) for node in self.nodes]
         try:
-            self.needs = [self._needs_of(node) for node in self.nodes]
             self.signature = tuple(_description(node) for node in self.nodes)
         except MissingInternal as error:
             raise Unsupported(str(error)) from error
@@ -121,7 +122,10 @@ class Graph:
         return [edge in self.uses for edge in node.edges]
 
     def _needs_of(self, node: Node) -> Needs:
-        return Needs() if node.first_order else rule_of(node).needs(node, self.active(node))
+        if node.first_order:
+            return Needs()
+        needs: Needs = call(rule_of(node).needs, node, self.active(node))
+        return needs
 
     @property
     def dtypes(self) -> set[torch.dtype]:

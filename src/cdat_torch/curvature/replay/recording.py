@@ -21,16 +21,17 @@ from cdat_torch.curvature.replay.graph import Graph, rule_of
 from cdat_torch.curvature.replay.registry import (
     Edge,
     InnerProducts,
+    Mismatch,
     Node,
     OperationRule,
     Pushforward,
     Tangent,
     Unsupported,
+    call,
     memory_of,
 )
-from cdat_torch.curvature.replay.verification import Mismatch, norm, verify
+from cdat_torch.curvature.replay.verification import norm, verify
 from cdat_torch.distributed.dtensor import is_dtensor
-from cdat_torch.pytorch_internals import MissingInternal
 
 Pair = tuple[Tensor, Tensor]
 _VERIFIED: set[tuple[Any, ...]] = set()
@@ -265,9 +266,9 @@ class _Tangents:
 
 def _keep_adjoints(node: Node, rule: OperationRule, adjoints: tuple[Tensor | None, ...]) -> None:
     try:
-        node.adjoints = rule.kept(node, adjoints)
-    except MissingInternal:  # backward must go on; the rule raises it again
-        node.adjoints = tuple(adjoints)
+        node.adjoints = call(rule.kept, node, adjoints)
+    except Mismatch:  # backward must go on; the verification finds this again
+        node.adjoints = adjoints
 
 
 def _keep_gradients(
@@ -287,15 +288,9 @@ def _keep_gradients(
 
 def _apply_rule(node: Node, tangents: Sequence[Tangent]) -> Pushforward:
     """Apply the rule of a node, or double backward where the rule does not cover its arguments."""
-    try:
-        pushed: Pushforward = rule_of(node).apply(node, *tangents)
-        if pushed is NotImplemented and node.name in double_backward.CHECKED:
-            return double_backward.apply(node, *tangents)
-    except (torch.OutOfMemoryError, Unsupported):
-        raise
-    except Exception as error:  # what nodes have saved is no stable API
-        msg = f"the rule for {node.name} raised {error!r}"
-        raise Mismatch(msg) from error
+    pushed: Pushforward = call(rule_of(node).apply, node, *tangents)
+    if pushed is NotImplemented and node.name in double_backward.CHECKED:
+        pushed = call(double_backward.apply, node, *tangents)
     if pushed is NotImplemented:
         msg = f"{node.name} was called with arguments that its rule does not cover"
         raise Unsupported(msg)

@@ -52,6 +52,10 @@ class Unsupported(RuntimeError):  # noqa: N818
     """The graph cannot be replayed: no rule covers one of its operations."""
 
 
+class Mismatch(Unsupported):
+    """A rule does not fit the operation in the graph."""
+
+
 class Node:
     """An autograd node, with what backward has computed there.
 
@@ -251,6 +255,21 @@ class OperationRule:
         if self.reduce_adjoint is None or adjoints[0] is None:
             return tuple(adjoints)
         return (self.reduce_adjoint(node, adjoints[0]), *adjoints[1:])
+
+
+def call(part: Callable[..., Any], node: Node, *arguments: Any) -> Any:
+    """Call a part of the rule for a node; any error becomes a `Mismatch`.
+
+    What nodes have saved is no stable interface of PyTorch, and a rule that no longer fits must
+    not end the user's step.
+    """
+    try:
+        return part(node, *arguments)
+    except (torch.OutOfMemoryError, Unsupported):
+        raise
+    except Exception as error:
+        msg = f"the rule for {node.name} raised {error!r}"
+        raise Mismatch(msg) from error
 
 
 OPERATION_RULES: dict[str, OperationRule] = {}

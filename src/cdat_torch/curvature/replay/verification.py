@@ -12,17 +12,14 @@ from cdat_torch import pytorch_internals
 from cdat_torch.curvature.replay import double_backward
 from cdat_torch.curvature.replay.graph import DOUBLE_BACKWARD, Graph, rule_of
 from cdat_torch.curvature.replay.registry import (
+    Mismatch,
     Needs,
     Node,
     OperationRule,
     Pushforward,
     Tangent,
-    Unsupported,
+    call,
 )
-
-
-class Mismatch(Unsupported):
-    """The replay does not give the derivative of what the graph computed."""
 
 
 def verify(graph: Graph, tolerance: float) -> None:
@@ -45,8 +42,8 @@ def _verify(graph: Graph, node: Node, rule: OperationRule, tolerance: float) -> 
         _random(like, -1 - i) if graph.is_read((node.autograd, i)) else None
         for i, like in enumerate(pytorch_internals.output_metadata(node.autograd))
     )
-    after = _after_backward(node, rule, rule.needs(node, active), adjoints)
-    found = rule.apply(after, *tangents)
+    after = _after_backward(node, rule, call(rule.needs, node, active), adjoints)
+    found = call(rule.apply, after, *tangents)
     if found is NotImplemented:
         return
     whole = Node(node.autograd)
@@ -84,7 +81,7 @@ def _after_backward(
             if gradient is not None:
                 after.keep(position, gradient)
     if needs.adjoint:
-        after.adjoints = rule.kept(node, adjoints)
+        after.adjoints = call(rule.kept, node, adjoints)
     return after
 
 
