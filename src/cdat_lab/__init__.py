@@ -1,7 +1,7 @@
-"""The laboratory: races between rules for the learning rate, and verdicts on the paper's claims.
+"""The lab: compare learning-rate rules with each other, and test the paper's claims.
 
-`compare` is the way in from Python, ``cdat`` the command line. A task, a rule or a base optimizer
-of one's own joins by `register_task`, `register_contender` and `register_base`.
+`compare` is the entry point from Python, ``cdat`` the command line. Add your own task, rule or base
+optimizer with `register_task`, `register_contender` or `register_base`.
 """
 
 from cdat_core import __version__

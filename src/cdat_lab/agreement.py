@@ -1,4 +1,4 @@
-"""How far the backends agree where they train the same thing."""
+"""How closely the backends agree on the same runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EARLY_STEPS = 20
 def agreement(findings: Findings) -> str | None:
     """Return a sentence about the losses under several backends; None if there is only one.
 
-    Runs at different tuned rates are left out, and those that diverge.
+    Runs that diverged, or whose tuned rates differ, are left out.
     """
     twins: dict[Key, list[Result]] = defaultdict(list)
     for key, result in findings.results.items():
@@ -39,7 +39,7 @@ def agreement(findings: Findings) -> str | None:
         return None
     return (
         f"Over the first {EARLY_STEPS} steps the losses under {' and '.join(backends)} differ by "
-        f"less than {_magnitude(early)} of their size, in the end by less than {_magnitude(late)}: "
+        f"less than {_magnitude(early)} (relative), at the end by less than {_magnitude(late)}: "
         "rounding errors grow at the edge of stability."
     )
 

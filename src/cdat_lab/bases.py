@@ -9,33 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer at learning rate 1, and where its edge of stability lies.
+    """A base optimizer at learning rate 1, and its edge of stability.
 
     The coefficients describe gradient descent, the heavy ball ``m <- momentum * m + g``, and the
     Adam family (an average m and a bias-corrected second moment); every backend builds these. Any
-    other optimizer brings its own construction for the backends it is to run under.
+    other optimizer needs a constructor for each backend that it should run under.
 
     Attributes
     ----------
     name, label : str
-        For the command line and for people.
+        Name on the command line and in files; label in tables and figures.
     momentum : float
         Decay of the first moment.
     second_moment : float or None
-        Decay of the second moment; None where the direction is not preconditioned.
+        Decay of the second moment; None if the direction is not preconditioned.
     eps : float
         Added to the root of the second moment.
     edge : float or None
-        The rate times the (preconditioned) sharpness beyond which a quadratic diverges; None where
-        it is not known.
+        The value of rate times (preconditioned) sharpness above which a quadratic diverges; None if
+        unknown.
     first_grid : tuple of int
-        Exponents of 2 of the learning rates that are tried first.
+        Exponents k of the learning rates ``2**k`` that are tried first.
     optax : callable or None
-        ``optax() -> optax.GradientTransformation`` at learning rate 1, for an optimizer of another
-        kind under JAX.
+        ``optax() -> optax.GradientTransformation`` at learning rate 1, for any other optimizer
+        under JAX.
     torch : callable or None
-        ``torch(params) -> torch.optim.Optimizer`` with its default learning rate, for an optimizer
-        of another kind under PyTorch.
+        ``torch(params) -> torch.optim.Optimizer`` with its default learning rate, for any other
+        optimizer under PyTorch.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Base:
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the sharpness is that of ``P^-1/2 H P^-1/2`` instead of H."""
+        """Whether the sharpness refers to ``P^-1/2 H P^-1/2`` instead of H."""
         return self.builtin and self.second_moment is not None
 
     @property
     def builtin(self) -> bool:
-        """Whether the coefficients say it all."""
+        """Whether the coefficients alone describe the optimizer."""
         return self.optax is None and self.torch is None
 
     def runs_under(self, backend: str) -> bool:

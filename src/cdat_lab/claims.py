@@ -1,7 +1,7 @@
 """The claims of the paper, the settings they are tested in, and the verdicts.
 
-A check measures one number for each seed and says beforehand in which range the claim asks for it.
-The ranges come from a first study on other seeds; they are not adjusted to what is measured.
+A check measures one number for each seed and states in advance the range that the claim requires.
+The ranges come from a pilot study with other seeds; they are not adjusted to the results.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ARMIJO, GREEDY, CONSTANT = "armijo", "greedy", REFERENCE
 CDAT_19, CDAT_2, CDAT_21 = "cdat-1.9", "cdat-2-ema-0.9", "cdat-2.1-ema-0.9"
 
 STATEMENTS = {
-    "A": "Full batch: rules that do best at each step lose to a tuned constant rate, because under "
-    "them the sharpness keeps growing.",
+    "A": "Full batch: greedy rules, which do best at each single step, lose to a tuned constant "
+    "rate because the sharpness keeps growing.",
     "B": "Full batch: CDAT with sigma near 2 beats a tuned constant rate and stays at the edge of "
     "stability.",
     "C": "Mini-batches: the best sigma falls as the batch shrinks.",
@@ -44,7 +44,7 @@ STATEMENTS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of a claim in one setting.
+    """The verdict on a claim in one setting.
 
     Attributes
     ----------
@@ -53,14 +53,14 @@ class Verdict:
     setting : str
         Task, base optimizer, batch.
     expected : str
-        What the claim asks for in this setting, with the range.
+        What the claim requires in this setting, with the range.
     measured : str
-        What was measured: median, and lowest to highest over the seeds.
+        The median over the seeds, with the lowest and the highest.
     outcome : str
         "holds" if every seed is in the range, "in part" if some are, "does not hold" if none is,
-        "unknown" if nothing was measured, or what it is set against diverged.
+        "unknown" if nothing was measured or the reference diverged.
     values : tuple of float
-        The number of each seed.
+        The measured number for each seed.
     """
 
     claim: str
@@ -73,24 +73,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Check:
-    """One number to be measured for each seed of a race, and the range the claim asks for.
+    """One number to measure for each seed of a race, and the range that the claim requires.
 
     Attributes
     ----------
     claim : str
         Its letter.
     task, base : str
-        Which race, in full batch.
+        Of the race, which uses the full batch.
     contender : str
-        Whose number it is.
+        The contender to measure.
     quantity : str
         What is measured, in words.
     measure : callable
-        ``measure(result, reference) -> number``; None if the reference has none to compare with.
+        ``measure(result, reference) -> number``; None if the reference diverged.
     low, high : float
         The range, ends included.
     reference : str
-        The contender it is set against.
+        The contender to compare with.
     """
 
     claim: str
@@ -104,7 +104,7 @@ class Check:
     reference: str = CONSTANT
 
     def applies(self, race: Race) -> bool:
-        """Return whether a race has what is measured."""
+        """Return whether this check applies to a race."""
         place = (self.task, self.base)
         here = (race.task, race.base, race.batch_size) == (*place, None)
         return (
@@ -114,13 +114,13 @@ class Check:
         )
 
     def expected(self) -> str:
-        """Return the quantity with its range."""
+        """Return the quantity with its required range."""
         label = find_contender(self.contender).label
         return f"{label}: {in_range(self.quantity, self.low, self.high)}"
 
 
 def in_range(quantity: str, low: float, high: float) -> str:
-    """Return a quantity with the range it is asked for."""
+    """Return a quantity with its required range."""
     if math.isinf(high):
         return f"{quantity} at least {low:g}"
     if math.isinf(low):
@@ -129,12 +129,12 @@ def in_range(quantity: str, low: float, high: float) -> str:
 
 
 def loss_ratio(result: Result, reference: Result) -> float | None:
-    """Return one final loss over another; infinity if the first diverged, None if the second."""
+    """Return the ratio of the final losses; infinity if the first diverged, None if the second."""
     return _ratio(final_loss(result), final_loss(reference))
 
 
 def sharpness_ratio(result: Result, reference: Result) -> float | None:
-    """Return one late sharpness over another; None if the second run has none."""
+    """Return the ratio of the late sharpnesses; None if the second run has none."""
     return _ratio(_number(sharpness(result)), _number(sharpness(reference)))
 
 
@@ -144,8 +144,8 @@ def product(result: Result, reference: Result) -> float:
     return _number(rate_times_sharpness(result))
 
 
-LOSS = "loss over that of the tuned constant"
-SHARPNESS = "final sharpness over that of CDAT 2"
+LOSS = "loss relative to the tuned constant"
+SHARPNESS = "final sharpness relative to CDAT 2"
 PRODUCT = "rate x sharpness"
 
 STEPS = {
@@ -154,7 +154,7 @@ STEPS = {
     ("digits", "adam"): 600,
     ("digits", "momentum"): 800,
 }
-"""The length of run for which the ranges are meant."""
+"""The run length that the ranges apply to."""
 
 CHECKS = (
     Check("A", "teacher-student", "gd", ARMIJO, LOSS, loss_ratio, 3),
@@ -174,7 +174,7 @@ CHECKS = (
     Check("B", "digits", "adam", CDAT_2, PRODUCT, product, 0.9 * 38, 1.1 * 38),
     Check("B", "digits", "momentum", CDAT_2, PRODUCT, product, 3.61, 3.99),
 )
-"""In the order of the claims; ranges as a first study on other seeds suggested them.
+"""In the order of the claims; the ranges come from a pilot study with other seeds.
 
 The edge of stability is at 38 for Adam and at 3.8 for the heavy ball.
 """
@@ -190,9 +190,9 @@ def verdicts(
     study : Study
         Its claims, races and sweeps.
     results : mapping of Key to Result
-        What was trained.
+        The results of the races and sweeps.
     simulations : sequence of Simulation
-        The joint model under its rules.
+        Runs of the joint model, one for each rule.
 
     Returns
     -------
@@ -217,7 +217,7 @@ def _checked(check: Check, race: Race, results: Results, where: str) -> Verdict:
         result, reference = (
             results.get(race.key(name, seed)) for name in (check.contender, check.reference)
         )
-        if result is not None and reference is not None:  # there in an interrupted study
+        if result is not None and reference is not None:  # missing if interrupted
             number = check.measure(result, reference)
             if number is not None:
                 values.append(number)
@@ -253,7 +253,7 @@ def spread(values: Sequence[float]) -> str:
 def _best_sigma(sweep: Sweep, results: Results) -> Verdict:
     """Say whether the best sigma never falls as the batch grows."""
     setting = f"{sweep.task}, {find_base(sweep.base).label}, mini-batches"
-    expected = "the best sigma does not fall as the batch grows, and is not the same for all"
+    expected = "the best sigma does not fall as the batch grows, and is not the same for all sizes"
     every = [sweep_ratios(sweep, results, seeds) for seeds in (None, *([s] for s in sweep.seeds))]
     if any(np.isnan(ratios).any() for ratios in every):
         return Verdict("C", setting, expected, "not measured", "unknown", ())
@@ -262,7 +262,7 @@ def _best_sigma(sweep: Sweep, results: Results) -> Verdict:
     rising = sum(_rises(sigmas) for sigmas in each)
     measured = (
         f"{', '.join(f'{s:g}' for s in joint)} for batches of {sizes} (mean over the seeds; "
-        f"so in {rising} of {len(each)} seeds alone)"
+        f"holds for {rising} of {len(each)} seeds alone)"
     )
     outcome: Outcome = "holds" if _rises(joint) else "does not hold"
     return Verdict("C", setting, expected, measured, outcome, tuple(joint))
@@ -292,16 +292,15 @@ def _joint_model(simulations: Sequence[Simulation]) -> list[Verdict]:
     over_constant, over_greedy = late("cdat-2") / late(CONSTANT), late("cdat-2") / late("cdat-1")
     none = math.inf
     rows = [
-        ("constant rate: rate x sharpness at the end", edge, 1.9, 2.1),
-        ("Armijo: sharpness at the end over that halfway", growth("armijo"), 1.1, none),
-        ("sigma 1: sharpness at the end over that halfway", growth("cdat-1"), 1.1, none),
-        ("sigma 2: final sharpness over that of sigma 1", over_greedy, -none, 0.25),
-        ("sigma 2: final sharpness over that of the constant rate", over_constant, -none, 0.5),
-        ("sigma 2: final sharpness, so that it does not collapse,", late("cdat-2"), 1e-2, none),
+        ("constant rate: final rate x sharpness", edge, 1.9, 2.1),
+        ("Armijo: final sharpness relative to halfway", growth("armijo"), 1.1, none),
+        ("sigma 1: final sharpness relative to halfway", growth("cdat-1"), 1.1, none),
+        ("sigma 2: final sharpness relative to sigma 1", over_greedy, -none, 0.25),
+        ("sigma 2: final sharpness relative to the constant rate", over_constant, -none, 0.5),
+        ("sigma 2: final sharpness (no collapse)", late("cdat-2"), 1e-2, none),
     ]
     rows += [
-        (f"sigma {name[5:]}: final sharpness, a collapse,", late(name), -none, 1e-2)
-        for name in above
+        (f"sigma {name[5:]}: final sharpness (collapse)", late(name), -none, 1e-2) for name in above
     ]
     found = []
     for quantity, values, low, high in rows:

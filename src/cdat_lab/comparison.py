@@ -1,4 +1,4 @@
-"""Comparisons: contenders against each other on one task, from Python and for the command line."""
+"""Comparisons of contenders on one task, from Python and for the command line."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def study(
     seeds: Sequence[int] = (0,),
     command: str = "cdat compare",
 ) -> tuple[Study, tuple[str, ...]]:
-    """Return the study of one task, and sentences that say which contenders cannot run and why.
+    """Return the study of one task, and a reason for each contender that cannot run.
 
     Parameters
     ----------
     task, bases, contenders
         Names in the registries.
     backend_names : sequence of str
-        One race for each of them and each base.
+        Names of backends; each base has one race under each of them.
     steps : int, optional
-        Length of each run; by default the budget of the task for the base.
+        Length of each run; by default the task's budget for the base.
     batch_size : int, optional
         Rows of a mini-batch; by default all data.
     seeds : sequence of int
-        One run of each contender for each of them.
+        Each contender runs once for each seed.
     command : str
-        What to type to repeat it.
+        The command line that repeats the study.
 
     Raises
     ------
     ValueError
-        If a name is not known, the batch is larger than the data, or nothing can run.
+        If a name is unknown, the batch is larger than the data, or nothing can run.
     """
     problem = registry.find_task(task)(seeds[0])
     problem.check_batch_size(batch_size)
@@ -93,19 +93,19 @@ def compare(
     Parameters
     ----------
     task : str
-        Name of a task, one's own included; see `register_task`.
+        Name of a task, built-in or your own; see `register_task`.
     bases, contenders : iterable of str
-        Names of base optimizers and of rules for the rate.
+        Names of base optimizers and of learning-rate rules.
     backend : str, optional
-        "jax", "torch" or "numpy"; by default the first that is installed.
+        "jax", "torch" or "numpy"; by default the first one installed.
     steps, batch_size, seeds
         See `study`.
     folder : Path or str
-        Where runs, tables and report go.
+        Where the runs, the tables and the report are written.
     processes : int
         Worker processes.
     resume : bool
-        Keep finished runs of the same configuration, versions and code.
+        Reuse finished runs with the same configuration, versions and code.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def compare(
     Raises
     ------
     ValueError
-        As `study`.
+        If a name is unknown, the batch is larger than the data, or nothing can run.
 
     Examples
     --------

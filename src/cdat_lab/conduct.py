@@ -1,4 +1,4 @@
-"""Conducting a study: from the plan in a folder to the findings, also after an interruption."""
+"""Run a study: from the plan in a folder to the findings, also after an interruption."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def conduct(
     processes: int,
     finished: Callable[[Job, Result], None] | None = None,
 ) -> Findings:
-    """Train what a study asks for and say what came out.
+    """Train everything in a study and return the findings.
 
     Parameters
     ----------
     study : Study
-        The plan; it is kept in the folder, so that `reopen` finds it.
+        The plan; it is saved in the folder for `reopen`.
     folder : Path
-        Where plan and runs go.
+        Where the plan and the runs are written.
     resume, processes, finished
         See `races.execute`.
 
@@ -49,7 +49,7 @@ def conduct(
 
 
 def reopen(folder: Path) -> Findings:
-    """Return the findings of a study from the runs in its folder; train nothing.
+    """Return the findings of a study from the runs in its folder, without training.
 
     Raises
     ------
@@ -64,14 +64,14 @@ def reopen(folder: Path) -> Findings:
     if not missing:
         return findings
     notice = (
-        f"{missing} of {len(jobs)} results are missing or come from another version (tables say "
-        f"which); `{study.command} --resume` makes them"
+        f"{missing} of {len(jobs)} results are missing or come from another version (see the "
+        f"tables); run `{study.command} --resume` to produce them"
     )
     return findings.noted(notice)
 
 
 def gather(study: Study, results: Results, folder: Path) -> Findings:
-    """Return results with the joint model, the verdicts and what was left out."""
+    """Return the results with the joint model, the verdicts and notices about unused files."""
     simulations = tuple(model.simulate()) if study.simulated else ()
     used = {name for result in results.values() for name in result.files}
     return Findings(
@@ -84,9 +84,9 @@ def gather(study: Study, results: Results, folder: Path) -> Findings:
 
 
 def left_out(folder: Path, used: Collection[str]) -> list[str]:
-    """Return a sentence for each kind of file in a folder of runs that was not used.
+    """Return a notice for each kind of unused file in a folder of runs.
 
-    Runs of the present version with other settings are part of other studies and not mentioned.
+    Runs of this version with other settings belong to other studies and are not mentioned.
     """
     damaged, foreign = [], []
     for path in sorted(folder.glob("*.parquet")):
@@ -97,25 +97,25 @@ def left_out(folder: Path, used: Collection[str]) -> list[str]:
         except ValueError:
             damaged.append(path.name)
             continue
-        if not _is_present(identity):
+        if not _is_current(identity):
             foreign.append(path.name)
     notices = []
     if damaged:
-        notices.append(f"{_files(damaged)} damaged or written in part: left out")
+        notices.append(f"{_files(damaged)} damaged or incomplete: left out")
     if foreign:
         notices.append(
-            f"{_files(foreign)} of another version of the code or its packages: left out"
+            f"{_files(foreign)} from another version of the code or its packages: left out"
         )
     return notices
 
 
-def _is_present(identity: dict[str, Any]) -> bool:
-    """Return whether a run was made by the versions and the code of this process."""
+def _is_current(identity: dict[str, Any]) -> bool:
+    """Return whether a run was made with the versions and the code of this process."""
     try:
-        present = runs.RunConfig(**identity["config"]).identity()
+        current = runs.RunConfig(**identity["config"]).identity()
     except (KeyError, TypeError):
         return False
-    return all(present[part] == identity[part] for part in ("versions", "code"))
+    return all(current[part] == identity[part] for part in ("versions", "code"))
 
 
 def _files(names: list[str]) -> str:
@@ -124,7 +124,7 @@ def _files(names: list[str]) -> str:
 
 
 def save_plan(study: Study, folder: Path) -> None:
-    """Write the plan of a study, whole or not at all."""
+    """Write the plan of a study atomically."""
     plan = {
         "format": FORMAT,
         "cdat": provenance.version("cdat"),
@@ -139,16 +139,16 @@ def load_plan(folder: Path) -> Study:
     Raises
     ------
     ValueError
-        If there is none, or none that this version can read.
+        If there is none that this version can read.
     """
     path = folder / PLAN
     if not path.is_file():
-        msg = f"{folder} holds no {PLAN}; give the folder that a command of cdat wrote to"
+        msg = f"{folder} has no {PLAN}; pass a folder that a cdat command wrote"
         raise ValueError(msg)
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         if plan["format"] != FORMAT:
-            msg = f"{path} has format {plan['format']!r}, not {FORMAT}: another version wrote it"
+            msg = f"{path} has format {plan['format']!r}, not {FORMAT}; another version wrote it"
             raise ValueError(msg)
         study = plan["study"]
         return Study(
@@ -160,7 +160,7 @@ def load_plan(folder: Path) -> Study:
             claims=tuple(study["claims"]),
         )
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"{path} is no plan of a study ({type(error).__name__}: {error})"
+        msg = f"{path} is not a valid study plan ({type(error).__name__}: {error})"
         raise ValueError(msg) from error
 
 

@@ -1,4 +1,4 @@
-"""Contenders: the rules for the learning rate that a race sets against each other."""
+"""Contenders: the learning-rate rules that a race compares."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cdat_core.tuners import Tuner
 Rule = Tuner[Any] | LineSearch
 
 WARMUP = 0.1
-"""The part of the steps over which the schedules rise."""
+"""Fraction of the steps over which the schedules rise."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule for the rate with its setting, or a whole optimizer from another package.
+    """A learning-rate rule with its settings, or a complete optimizer from another package.
 
     Attributes
     ----------
     name, label : str
-        For files and for people.
+        Name on the command line and in files; label in tables and figures.
     rule : callable or None
-        ``rule(steps, **hyperparameters) -> Tuner or LineSearch``. The hyperparameters may be arrays
-        that are being traced, so contenders with the same rule share a compiled function. None for
-        an optimizer from another package.
+        ``rule(steps, **hyperparameters) -> Tuner or LineSearch``. The hyperparameters may be traced
+        arrays, so that contenders with the same rule share a compiled function. None for an
+        optimizer from another package.
     hyperparameters : mapping of str to float
-        The fixed ones.
+        Those with fixed values.
     tuned : str or None
-        The hyperparameter to be tuned on a grid.
+        The hyperparameter to tune on a grid, if any.
     curvature : str
         How the curvature is computed: "auto" or "gauss_newton".
     optimizer : str or None
-        A whole optimizer in place of base and rule: "prodigy" or "schedule-free".
+        A complete optimizer that replaces base and rule: "prodigy" or "schedule-free".
     """
 
     name: str
@@ -100,13 +100,13 @@ def greedy(steps: int) -> Rule:
 
 
 def on_edge(steps: int) -> Rule:
-    """Return the rate at which the quadratic model is back at the present loss."""
+    """Return the rate at which the quadratic model returns to the current loss."""
     del steps
     return tuners.on_edge()
 
 
 def polyak(steps: int) -> Rule:
-    """Return the Polyak step for a smallest loss of 0."""
+    """Return the Polyak step for a minimum loss of 0."""
     del steps
     return tuners.polyak(0.0)
 
@@ -134,14 +134,14 @@ def guarded_cdat(
 
 
 def cdat_contender(sigma: float, decay: float) -> Contender:
-    """Return CDAT with this sigma and memory of its averages."""
+    """Return CDAT with this sigma and decay of its averages."""
     memory = f"EMA {decay:g}" if decay else "no EMA"
     name = f"cdat-{sigma:.9g}" + (f"-ema-{decay:g}" if decay else "")
     return Contender(name, f"CDAT {sigma:g} ({memory})", cdat, {"sigma": sigma, "decay": decay})
 
 
 def parse_cdat(name: str) -> Contender | None:
-    """Return the contender that a name like ``cdat-1.5-ema-0.9`` stands for; None for others."""
+    """Return the contender for a name like ``cdat-1.5-ema-0.9``; None for other names."""
     found = re.fullmatch(r"cdat-(\d+(?:\.\d+)?)(?:-ema-(0\.\d+))?", name)
     return None if found is None else cdat_contender(float(found[1]), float(found[2] or 0.0))
 

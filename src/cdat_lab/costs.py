@@ -1,7 +1,7 @@
-"""What a step costs in gradient equivalents, so that contenders can be set against each other.
+"""The cost of a step in gradient equivalents, to compare contenders.
 
 The unit is one gradient: for each layer three matrix products of the same size, one forward and two
-backward. What a measurement adds is counted the same way; docs/benchmarks.md has measured times.
+backward. A measurement is counted the same way; docs/benchmarks.md has measured times.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CURVATURE = {
 
 
 def of_step(backend: str, *, curvature: str | None) -> float:
-    """Return the cost of a step without the trials of a line search.
+    """Return the cost of a step, excluding the trials of a line search.
 
     Parameters
     ----------
     backend : str
         "jax", "torch" or "numpy".
     curvature : str or None
-        How the curvature is computed; None for a rule that does not need it.
+        How the curvature is computed; None for a rule that does not use it.
 
     Returns
     -------
@@ -37,5 +37,5 @@ def of_step(backend: str, *, curvature: str | None) -> float:
 
 
 def of_trial(*, slope: bool) -> float:
-    """Return the cost of trying a rate, in gradients; `slope` says whether it has a derivative."""
+    """Return the cost of a trial in gradients; `slope` says whether it needs the derivative."""
     return 1.0 if slope else FORWARD

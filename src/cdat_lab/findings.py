@@ -12,18 +12,18 @@ from cdat_lab.studies import Study
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """A study with what came out of it.
+    """A study and its results.
 
     Attributes
     ----------
     study : Study
-        The plan.
+        What was run.
     results : mapping of Key to Result
-        What was trained; of an interrupted study not everything.
+        The results; incomplete if the study was interrupted.
     simulations : tuple of Simulation
-        The joint model, if it was run.
+        Runs of the joint model, if requested.
     verdicts : tuple of Verdict
-        What is said of the claims.
+        Verdicts on the claims.
     notices : tuple of str
         What was left out, and why.
     """
@@ -35,10 +35,10 @@ class Findings:
     notices: tuple[str, ...] = ()
 
     def of(self, race: Race, contender: str) -> list[Result]:
-        """Return the results of a contender that are there, in the order of the seeds."""
+        """Return the available results of a contender, in the order of the seeds."""
         keys = (race.key(contender, seed) for seed in race.seeds)
         return [self.results[key] for key in keys if key in self.results]
 
     def noted(self, *notices: str) -> Findings:
-        """Return the same with further notices, each once."""
+        """Return a copy with further notices, each once."""
         return replace(self, notices=tuple(dict.fromkeys((*notices, *self.notices))))

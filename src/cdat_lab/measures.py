@@ -1,4 +1,4 @@
-"""What is measured of finished runs, for tables and verdicts alike."""
+"""Measurements of finished runs, for both tables and verdicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdat_lab.registry import find_base, find_contender
 from cdat_lab.studies import Sweep
 
 REFERENCE = "constant"
-"""The contender whose final loss the others are set against."""
+"""The contender that the others are compared with."""
 
 
 def final_loss(result: Result) -> float:
@@ -25,15 +25,15 @@ def final_loss(result: Result) -> float:
 
 
 def comparable(base: Base, contender: Contender) -> bool:
-    """Return whether the sharpness of a contender is that of the base.
+    """Return whether the sharpness of a contender is measured as for other contenders of the base.
 
-    A whole optimizer has a preconditioner of its own, and its sharpness is recorded without one.
+    A complete optimizer has its own preconditioner, and its sharpness is recorded without any.
     """
     return contender.optimizer is None or not base.preconditioned
 
 
 def sharpness(result: Result) -> float | None:
-    """Return the sharpness, a median over the last tenth; None if it is not that of the base."""
+    """Return the median sharpness over the last tenth; None if it is not `comparable`."""
     return _late(result, pl.col("sharpness"))
 
 
@@ -50,16 +50,16 @@ def _late(result: Result, column: pl.Expr) -> float | None:
 def sweep_ratios(
     sweep: Sweep, results: Results, seeds: Sequence[int] | None = None
 ) -> NDArray[np.float64]:
-    """Return final losses over those of the tuned constant rate, shape (sigmas, batch sizes).
+    """Return final losses relative to the tuned constant rate, shape (sigmas, batch sizes).
 
     Parameters
     ----------
     sweep : Sweep
-        Which runs.
+        The runs to compare.
     results : mapping of Key to Result
-        Where they are.
+        Their results.
     seeds : sequence of int, optional
-        Over which to take the geometric mean; by default all of the sweep.
+        Seeds of the geometric mean; by default all seeds of the sweep.
 
     Returns
     -------

@@ -15,7 +15,7 @@ from cdat_lab.contenders import Contender
 STEPS = 5000
 CONSTANT_RATE = 0.5
 DISPLACEMENTS = (1e-3, 2e-3, 5e-3)
-"""Where the runs begin along the sharpest direction, in place of seeds."""
+"""Initial displacements along the sharpest direction; one run each, as for seeds."""
 
 RULES = ("constant", "armijo", "cdat-1", "cdat-1.9", "cdat-2", "cdat-2.0625")
 
@@ -59,7 +59,7 @@ def simulate(
     Parameters
     ----------
     rules : iterable of str
-        Names of contenders; those with a tuned rate take `learning_rate`.
+        Names of contenders; those with a tuned rate use `learning_rate`.
     steps : int
         Length of the runs, at least 1.
     learning_rate : float
@@ -76,14 +76,14 @@ def simulate(
     Raises
     ------
     ValueError
-        If a rule is not known, or is a whole optimizer, which has no rate to set.
+        If a rule is unknown, or is a complete optimizer, which has no rate to set.
     """
     start = np.array(list(displacements), dtype=np.float64)
     found = []
     for name in rules:
         contender = registry.find_contender(name)
         if contender.rule is None:
-            msg = f"rule {name!r} is a whole optimizer; the joint model needs a rule for the rate"
+            msg = f"{name!r} is a complete optimizer; the joint model needs a learning-rate rule"
             raise ValueError(msg)
         settings = dict(contender.hyperparameters)
         if contender.tuned is not None:

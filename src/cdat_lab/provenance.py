@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, and digests of the code that made them."""
+"""Provenance of numbers: versions, and digests of the code that made them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdat_lab import backends
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Return the versions of Python, of this package and of what the numbers depend on."""
+    """Return the versions of Python, this package and the packages that numbers depend on."""
     names = ("cdat", "array-api-compat", "numpy", "scikit-learn")
     found = {name: version(name) for name in names}
     own = backends.BACKENDS[backend].versions()
@@ -24,7 +24,7 @@ def versions(backend: str) -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package, or that it is a source tree on the path."""
+    """Return the version of an installed package, or "from a source tree"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -33,7 +33,7 @@ def version(package: str) -> str:
 
 @functools.cache
 def code_fingerprint(modules: tuple[str, ...]) -> str:
-    """Return a digest of the Python sources of the given modules and packages that are there."""
+    """Return a digest of the Python sources of modules and packages; missing ones are skipped."""
     digest = hashlib.sha256()
     for name in modules:
         spec = importlib.util.find_spec(name)
@@ -49,12 +49,12 @@ def code_fingerprint(modules: tuple[str, ...]) -> str:
 
 
 def definition(objects: Iterable[Any]) -> str:
-    """Return a digest of what a user brought: the files in which functions were defined.
+    """Return a digest of the user's code: the files in which functions were defined.
 
     Parameters
     ----------
     objects : iterable
-        Functions (or None) and plain values of a task, a base and a contender.
+        Functions (or None) of a task, a base and a contender; other values are ignored.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def _own(function: Any) -> bool:
 
 
 def _source(function: Any) -> bytes:
-    """Return the file that defines a function, or its own source, or else its byte code."""
+    """Return the file that defines a function, else its own source, else its byte code."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
         if file is not None and Path(file).is_file():

@@ -1,4 +1,4 @@
-"""Races: jobs of one contender each, run over processes and resumed from their files."""
+"""Races: one job per contender and seed, run in worker processes and resumed from files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cdat_lab.tasks import Task
 from cdat_lab.tuning import Grid, tune
 
 RECORDS = 60
-"""How many records of full loss and sharpness a run has, about."""
+"""Approximate number of records of full loss and sharpness in a run."""
 
 
 class Key(NamedTuple):
-    """What tells the results of a race apart, all by name."""
+    """Identifies a result; tasks, bases, contenders and backends by name."""
 
     task: str
     base: str
@@ -51,7 +51,7 @@ class Race:
     steps : int
         Length of each run.
     seeds : tuple of int
-        One run of each contender for each of them; rates are tuned for each seed anew.
+        Each contender runs once per seed; rates are tuned separately for each seed.
     batch_size : int or None
         Rows of a mini-batch; None for the full batch.
     """
@@ -65,7 +65,7 @@ class Race:
     batch_size: int | None = None
 
     def key(self, contender: str, seed: int) -> Key:
-        """Return where to find the result of a contender and a seed."""
+        """Return the key of the result for a contender and a seed."""
         return Key(self.task, self.base, contender, self.backend, self.batch_size, self.steps, seed)
 
     def result_keys(self) -> list[Key]:
@@ -75,9 +75,9 @@ class Race:
 
 @dataclass(frozen=True)
 class Job:
-    """One contender with one seed: a single run, or the runs of a grid and the best one again.
+    """One contender with one seed: a single run, or a grid of runs and its best rate again.
 
-    It holds the objects themselves, so that a worker process needs no registry.
+    It holds the objects themselves, so that worker processes need no registry.
     """
 
     key: Key
@@ -87,7 +87,7 @@ class Job:
 
     @classmethod
     def of(cls, key: Key) -> Job:
-        """Look the names up."""
+        """Look up the names in the registries."""
         return cls(
             key,
             registry.find_task(key.task),
@@ -97,16 +97,16 @@ class Job:
 
     @property
     def expected_runs(self) -> int:
-        """How many runs this is, as long as the grid need not grow."""
+        """Number of runs, if the grid does not need to grow."""
         return len(self.base.first_grid) + 4 if self.contender.tuned else 1
 
     @property
     def expected_steps(self) -> int:
-        """How many training steps that makes."""
+        """Number of training steps in those runs."""
         return self.expected_runs * self.key.steps
 
     def describe(self) -> str:
-        """Return the job in words."""
+        """Return a description for the terminal."""
         batch = "" if self.key.batch_size is None else f", batch {self.key.batch_size}"
         return (
             f"{self.key.task}{batch}, {self.base.label}, {self.contender.label}, "
@@ -114,21 +114,21 @@ class Job:
         )
 
     def definition(self) -> str:
-        """Return the digest of what is not part of this package."""
+        """Return the digest of the code that is not part of this package."""
         objects = (self.factory, self.contender.rule, self.base.optax, self.base.torch)
         return provenance.definition(objects)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a job.
+    """The result of a job.
 
     Attributes
     ----------
     key : Key
-        Which job.
+        Identifies the job.
     run : Run
-        Its run, or the best of its grid with the sharpness recorded.
+        The run; for a tuned rate, the run at the best rate, with the sharpness recorded.
     grid : Grid or None
         The rates that were tried, if a rate was tuned.
     files : tuple of str
@@ -145,7 +145,7 @@ Results = Mapping[Key, Result]
 
 
 class MissingRunError(LookupError):
-    """A run has not been made yet."""
+    """A run does not exist yet."""
 
 
 def execute(
@@ -156,21 +156,21 @@ def execute(
     processes: int,
     finished: Callable[[Job, Result], None] | None = None,
 ) -> dict[Key, Result]:
-    """Run jobs over processes, longest first.
+    """Run jobs in worker processes, longest first.
 
     Parameters
     ----------
     jobs : iterable of Job
-        What to run.
+        The jobs to run.
     folder : Path
-        Where the files of the runs go, each whole or not at all.
+        Where the files of the runs are written, each atomically.
     resume : bool
-        Take runs that are there already, of the same configuration, versions and code.
+        Reuse existing runs with the same configuration, versions and code.
     processes : int
-        How many worker processes; with 1 everything runs in this process. joblib's backend can be
-        chosen around the call, as in ``joblib.parallel_config("dask")``.
+        Number of worker processes; with 1 everything runs in this process. To use another backend
+        of joblib, put the call inside ``joblib.parallel_config("dask")``.
     finished : callable
-        Called in this process with each job and its result as it comes in.
+        Called in this process with each job and its result when it is done.
 
     Returns
     -------
@@ -187,7 +187,7 @@ def execute(
     results: dict[Key, Result] = {}
     groups = _groups(jobs, processes)
     with warnings.catch_warnings():
-        # loky renews a worker that has grown, as compiling makes them; nothing is lost by it.
+        # loky replaces a worker whose memory has grown, here by compiling; no work is lost.
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         for group in parallel(joblib.delayed(_run_group)(jobs, folder, resume) for jobs in groups):
             for result in group:
@@ -198,9 +198,9 @@ def execute(
 
 
 def _groups(jobs: list[Job], processes: int) -> list[list[Job]]:
-    """Return jobs that share a compiled program together, so that one process compiles it once.
+    """Group jobs that share a compiled program, so that one process compiles it once.
 
-    Where that leaves processes idle each job is on its own. The longest group comes first.
+    If that leaves processes idle, each job is a group. The longest group comes first.
     """
     by_program: dict[Any, list[Job]] = {}
     for job in jobs:
@@ -218,7 +218,7 @@ def _run_group(jobs: list[Job], folder: Path, resume: bool) -> list[Result]:
 
 
 def collect(jobs: Iterable[Job], folder: Path) -> dict[Key, Result]:
-    """Return the results of the jobs whose runs are all there; train nothing."""
+    """Return the results of the jobs whose runs all exist, without training."""
     results = {}
     for job in jobs:
         with contextlib.suppress(MissingRunError):
@@ -232,11 +232,11 @@ def run_job(job: Job, folder: Path, *, resume: bool, train: bool = True) -> Resu
     Raises
     ------
     MissingRunError
-        If `train` is false and a run is not there.
+        If `train` is false and a run does not exist.
     """
     if current_process().name != "MainProcess":
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops the workers
     files: list[str] = []
     contender = job.contender
 
@@ -285,7 +285,7 @@ def _config(job: Job, hyperparameters: Mapping[str, float], *, sharpness: bool) 
 
 
 def _kept(path: Path) -> Run | None:
-    """Return the run in a file; None if there is none, or none that is whole."""
+    """Return the run in a file; None if the file is missing or incomplete."""
     if not path.exists():
         return None
     try:
@@ -315,6 +315,6 @@ def _train(job: Job, config: RunConfig) -> Run:
 def _task(factory: Callable[[int], Task], name: str, seed: int) -> Task:
     task = factory(seed)
     if task.name != name:
-        msg = f"the factory of task {name!r} returned a task named {task.name!r}; make them equal"
+        msg = f"the factory of task {name!r} returned task {task.name!r}; the names must be equal"
         raise ValueError(msg)
     return task

@@ -18,7 +18,7 @@ SETTINGS = {
     ("digits", "adam"): SHORT,
     ("digits", "momentum"): SHORT,
 }
-"""The races of the short study, all about claims A and B, with their contenders."""
+"""The races of the short study with their contenders; all test claims A and B."""
 
 BATCH_SIZES = (32, 128, 512, None)
 SIGMAS = (0.5, 1.0, 1.5, 1.9, 2.0, 2.1)
@@ -35,7 +35,7 @@ MORE = (
     ("patches", "adam"),
     ("patches", "momentum"),
 )
-"""The further races of the full study."""
+"""The additional races of the full study."""
 
 
 def study(
@@ -53,13 +53,13 @@ def study(
     backend : str
         "jax", "torch" or "numpy".
     seeds : sequence of int
-        Every run is made for each of them.
+        Every run is repeated for each seed.
     only : sequence of str
-        Letters of claims; by default all.
+        Letters of the claims to test; by default all.
     full : bool
-        More tasks, every contender, momentum in the sweep as well.
+        Add more tasks, every contender, and a sweep with momentum.
     command : str
-        What to type to repeat it.
+        The command line that repeats the study.
 
     Returns
     -------

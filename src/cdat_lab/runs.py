@@ -16,7 +16,7 @@ import polars as pl
 
 from cdat_lab import costs, provenance
 from cdat_lab.backends import Problem, Trajectory
-from cdat_lab.storage import whole
+from cdat_lab.storage import atomic
 
 METADATA_KEY = "cdat"
 NUMBERS = (
@@ -26,32 +26,32 @@ NUMBERS = (
     "cdat_lab.contenders",
     "cdat_lab.tasks",
 )
-"""The code on which the numbers of a run depend, beside the adapter of its framework."""
+"""The code that the numbers of a run depend on, besides the adapter of its framework."""
 
 LAST_PART = 0.1
-"""The part of a run over which its result is averaged."""
+"""Fraction of a run, at its end, over which its results are averaged."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the numbers of a run, as plain values.
+    """Everything that determines the numbers of a run, as plain values.
 
     Attributes
     ----------
     task, base, contender, backend : str
         Names in the registries.
     steps, seed : int
-        Length of the run; seed of data, weights, mini-batches and probe.
+        Length of the run; seed of the data, weights, mini-batches and probe.
     batch_size : int or None
         Rows of a mini-batch; None for the full batch.
     hyperparameters : mapping of str to float
         Arguments of the contender's rule.
     sharpness : bool
-        Whether the sharpness is recorded.
+        Whether to record the sharpness.
     record_every : int
-        Steps from one record of the full loss and the sharpness to the next.
+        Number of steps between records of the full loss and the sharpness.
     definition : str
-        Digest of the code of task, base and contender where it is not part of this package.
+        Digest of the user's code for task, base and contender; empty if they are built in.
     """
 
     task: str
@@ -67,7 +67,7 @@ class RunConfig:
     definition: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """Return the configuration with the versions and the code that make the numbers."""
+        """Return the configuration, versions and digest of the code that determine the numbers."""
         return {
             "config": dataclasses.asdict(self),
             "versions": provenance.versions(self.backend),
@@ -78,7 +78,7 @@ class RunConfig:
         return () if self.backend == "numpy" else (f"cdat_{self.backend}",)
 
     def file_name(self) -> str:
-        """Return a name that says what the run is and ends in the digest of its identity."""
+        """Return a descriptive name that ends in the digest of the identity."""
         text = json.dumps(self.identity(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         batch = "" if self.batch_size is None else f"-batch{self.batch_size}"
@@ -93,13 +93,13 @@ class Run:
     Attributes
     ----------
     identity : dict
-        Configuration, versions and code, as `RunConfig.identity` gave them.
+        Configuration, versions and digest of the code, from `RunConfig.identity`.
     compile_seconds : float
         Time spent compiling.
     frame : polars.DataFrame
         One row for each step and one for the final weights (``steps + 1`` rows): step, loss (of the
         batch), full_loss (on all data), learning_rate, slope, curvature, sharpness, trials,
-        skipped, gradients (spent so far) and seconds (so far). What was not measured is null.
+        skipped, gradients and seconds (both cumulative). Values not measured are null.
     """
 
     identity: dict[str, Any]
@@ -132,27 +132,27 @@ class Run:
 
     @property
     def best_loss(self) -> float:
-        """The lowest loss on all data on the way."""
+        """The lowest loss on all data during the run."""
         losses = self.frame["full_loss"].drop_nulls().to_numpy()
         return float(np.min(losses[np.isfinite(losses)], initial=np.inf))
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended above the loss it started from, or at none at all."""
+        """Whether the final loss is above the initial loss or not finite."""
         return not (np.isfinite(self.final_loss) and self.final_loss <= self.initial_loss)
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped because something was not finite."""
+        """Number of steps skipped because a value was not finite."""
         return int(self.frame["skipped"][-1])
 
     @property
     def seconds_per_step(self) -> float:
-        """Wall-clock time of a step, without compilation and records."""
+        """Wall-clock time of a step, excluding compilation and records."""
         return float(self.frame["seconds"].max() or 0.0) / self.steps  # type: ignore[arg-type]
 
     def late(self, column: pl.Expr) -> float | None:
-        """Return the median of an expression over the last tenth of the steps, nulls left out.
+        """Return the median of an expression over the last tenth of the steps, ignoring nulls.
 
         Returns
         -------
@@ -213,7 +213,7 @@ def write(run: Run, path: Path) -> None:
         "compile_seconds": run.compile_seconds,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    with whole(path) as temporary:
+    with atomic(path) as temporary:
         run.frame.write_parquet(temporary, metadata={METADATA_KEY: json.dumps(record)})
 
 
@@ -223,7 +223,7 @@ def read(path: Path) -> Run:
     Raises
     ------
     ValueError
-        If the file is not such a run, or only a part of one.
+        If the file is not a complete run.
     """
     try:
         metadata = pl.read_parquet_metadata(path)
@@ -232,5 +232,5 @@ def read(path: Path) -> Run:
         identity = {name: record[name] for name in ("config", "versions", "code")}
         return Run(identity, float(record["compile_seconds"]), frame)
     except (KeyError, TypeError, ValueError, OSError, pl.exceptions.PolarsError) as error:
-        msg = f"{path} is not a whole run of cdat ({type(error).__name__}: {error})"
+        msg = f"{path} is not a complete cdat run ({type(error).__name__}: {error})"
         raise ValueError(msg) from error

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; move it to `path` when the block ends well.
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; move it to `path` if the block succeeds.
 
     A reader of `path` sees the old file or the complete new one, even if this process is killed
-    inside the block. What a killed process leaves is a hidden temporary file beside it.
+    inside the block. A killed process leaves a hidden temporary file in the same folder.
 
     Parameters
     ----------
     path : Path
-        Where the file should appear; its folder is made.
+        The file to write; its folder is created.
 
     Yields
     ------
@@ -37,6 +37,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    with whole(path) as temporary:
+    """Write a text file in UTF-8 atomically."""
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

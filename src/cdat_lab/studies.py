@@ -12,18 +12,18 @@ from cdat_lab.races import Job, Race
 
 @dataclass(frozen=True)
 class Sweep:
-    """CDAT over sigma and the batch size, beside the tuned constant rate.
+    """CDAT for several sigmas and batch sizes, compared with the tuned constant rate.
 
     Attributes
     ----------
     task, base, backend : str
         Names in the registries.
     sigmas : tuple of float
-        Rising.
+        In increasing order.
     batch_sizes : tuple of int or None
-        Rising; None is the full batch.
+        In increasing order; None is the full batch.
     decay : float
-        Memory of the averages of CDAT.
+        Decay of CDAT's averages.
     steps : int
         Length of each run.
     seeds : tuple of int
@@ -54,22 +54,22 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Study:
-    """What a command is to find out.
+    """What a command runs.
 
     Attributes
     ----------
     title : str
-        For the report.
+        Title of the report.
     command : str
-        What to type to repeat it.
+        The command line that repeats the study.
     races : tuple of Race
-        Shown one by one.
+        Reported one by one.
     sweeps : tuple of Sweep
-        Shown as heat maps.
+        Reported as heat maps.
     simulated : bool
-        Whether the joint model is run.
+        Whether to run the joint model.
     claims : tuple of str
-        Letters of the claims on which there is to be a verdict.
+        Letters of the claims to judge.
     """
 
     title: str
@@ -80,24 +80,24 @@ class Study:
     claims: tuple[str, ...] = ()
 
     def all_races(self) -> list[Race]:
-        """Return the races, those of the sweeps included."""
+        """Return all races, including those of the sweeps."""
         return [*self.races, *(race for sweep in self.sweeps for race in sweep.races())]
 
     def jobs(self) -> list[Job]:
-        """Return what is to be trained, each job once."""
+        """Return the jobs to run, each once."""
         keys = dict.fromkeys(key for race in self.all_races() for key in race.result_keys())
         return [Job.of(key) for key in keys]
 
 
 def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str], list[str]]:
-    """Return the contenders that can run, and for the others a sentence each that says why not.
+    """Return the contenders that can run, and a reason for each that cannot.
 
     Parameters
     ----------
     names : iterable of str
         Names of contenders.
     base, backend : str
-        With what they would run.
+        Names of the base optimizer and the backend to run with.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str
     """
     kept, reasons = [], []
     for name in names:
-        reason = _hindrance(registry.find_contender(name), base, backend)
+        reason = _obstacle(registry.find_contender(name), base, backend)
         if reason is None:
             kept.append(name)
         else:
@@ -113,12 +113,12 @@ def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str
     return kept, reasons
 
 
-def _hindrance(contender: Contender, base: str, backend: str) -> str | None:
+def _obstacle(contender: Contender, base: str, backend: str) -> str | None:
     found = registry.find_base(base)
     if not found.runs_under(backend):
         return f"{found.label} has no constructor for {backend}"
     if contender.optimizer is None:
         return None
     if base != "adam":
-        return f"{contender.label} is of the Adam family and is raced with Adam only"
-    return backends.package_hindrance(contender.optimizer, backend)
+        return f"{contender.label} belongs to the Adam family and runs with Adam only"
+    return backends.package_obstacle(contender.optimizer, backend)

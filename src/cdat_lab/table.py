@@ -1,4 +1,4 @@
-"""Tables of findings: what was reached, over the seeds and for each, and how long it took."""
+"""Tables of findings: results over the seeds and for each run, sweeps, and times."""
 
 from __future__ import annotations
 
@@ -71,34 +71,34 @@ SWEEP = {
 
 CAPTION = (
     "Numbers are medians over the seeds, with the lowest and the highest in brackets. Tuned rate: "
-    "the constant rate, or the peak of a schedule; tuning runs: how many were spent on it, all "
-    "seeds together. Final loss: on all training data, averaged over the last tenth of the steps. "
-    "x constant: final loss over that of the tuned constant rate of the same seed. Sharpness, and "
-    "rate x sharpness, are medians over the last tenth of the steps; optimizers with a "
-    "preconditioner of their own have none that could be compared. Skipped: steps not taken "
-    "because something was not finite, the most in one run. Diverged: ended above the loss it "
-    "started from, or not finite. Grid edge: a better rate may lie outside the grid."
+    "the constant rate, or the peak of a schedule. Tuning runs: total over all seeds. Final loss: "
+    "on all training data, averaged over the last tenth of the steps. x constant: final loss "
+    "divided by the final loss of the tuned constant rate with the same seed. Sharpness and "
+    "rate x sharpness: medians over the last tenth of the steps; left out for optimizers with "
+    "their own preconditioner, whose values cannot be compared. Skipped: steps skipped because a "
+    "value was not finite, the maximum over the runs. Diverged: final loss above the initial loss, "
+    "or not finite. Grid edge: a better rate may lie outside the grid."
 )
 
 
 def results(findings: Findings, race: Race) -> pl.DataFrame:
-    """Return one row for each contender of a race, over its seeds.
+    """Return one row for each contender of a race, aggregated over its seeds.
 
     Parameters
     ----------
     findings : Findings
-        What was found.
+        The findings of a study.
     race : Race
-        One of its races.
+        A race of the study.
 
     Returns
     -------
     polars.DataFrame
-        The columns of `RESULTS`, medians over the seeds. ``seeds`` counts the results that are
-        there, ``missing`` the others; ``tuned`` is null where nothing was tuned,
-        ``over_constant`` without a tuned constant rate that converged, ``edge_ratio`` (of
-        ``product``, rate times sharpness) without a known edge. ``skipped`` is the largest of a
-        run; ``lowest`` marks the lowest final loss.
+        The columns of `RESULTS`, medians over the seeds. ``seeds`` counts the results that exist,
+        ``missing`` the others; ``tuned`` is null if nothing was tuned, ``over_constant`` if no
+        tuned constant rate converged, ``edge_ratio`` (``product``, rate times sharpness, relative
+        to the edge) if the edge is unknown. ``skipped`` is the maximum over the runs; ``lowest``
+        marks the lowest final loss.
     """
     edge = find_base(race.base).edge
     rows: list[dict[str, Any]] = []
@@ -137,13 +137,13 @@ def results(findings: Findings, race: Race) -> pl.DataFrame:
 
 
 def rows(findings: Findings) -> pl.DataFrame:
-    """Return one row for each task, base, batch, backend, contender and seed, sweeps included.
+    """Return one row for each result of a study, including sweeps.
 
     Returns
     -------
     polars.DataFrame
         The columns of `ROWS`; ``batch_size`` is null for the full batch, ``status`` "finished",
-        "diverged" or "missing". Nothing in it depends on how long a run took.
+        "diverged" or "missing". No column depends on wall-clock time.
     """
     found: dict[Any, dict[str, Any]] = {}
     for race in findings.study.all_races():
@@ -182,9 +182,9 @@ def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        The columns of `SWEEP`. ``log_ratio`` is log10 of the final loss over that of the tuned
-        constant rate, a mean over the seeds; null where a run is missing or diverged, or no
-        constant rate converged. ``best`` marks the lowest of a batch size that is complete.
+        The columns of `SWEEP`. ``log_ratio`` is log10 of the final loss relative to the tuned
+        constant rate, averaged over the seeds; null if a run is missing or diverged, or if no
+        constant rate converged. ``best`` marks the lowest of a complete batch size.
     """
     ratios = sweep_ratios(plan, findings.results)
     found: list[dict[str, Any]] = []
@@ -211,14 +211,14 @@ def sweep(findings: Findings, plan: Sweep) -> pl.DataFrame:
 
 
 def timings(findings: Findings) -> pl.DataFrame:
-    """Return the wall-clock times of the races, which differ from one execution to the next.
+    """Return the wall-clock times of the races, which differ between executions.
 
     Returns
     -------
     polars.DataFrame
         task, base, batch_size and contender (a label), then for each backend the milliseconds per
-        step, without compilation and records (a median over the seeds), and the seconds of
-        compilation (the most of a seed).
+        step, excluding compilation and records (median over the seeds), and the seconds of
+        compilation (maximum over the seeds).
     """
     races = findings.study.races or findings.study.all_races()
     names = list(dict.fromkeys(race.backend for race in races))
@@ -246,13 +246,13 @@ def timings(findings: Findings) -> pl.DataFrame:
 
 
 def tuned_value(result: Result) -> float | None:
-    """Return the rate or peak that was chosen on the grid; None where nothing was tuned."""
+    """Return the rate or peak that was chosen on the grid; None if nothing was tuned."""
     tuned = find_contender(result.key.contender).tuned
     return None if tuned is None else result.run.hyperparameters.get(tuned)
 
 
 def over_constant(findings: Findings, race: Race, result: Result) -> float | None:
-    """Return the final loss over that of the tuned constant rate; None without such a rate."""
+    """Return the final loss relative to the tuned constant rate; None without such a rate."""
     reference = findings.results.get(race.key(REFERENCE, result.key.seed))
     if reference is None or reference.run.diverged or not reference.run.final_loss:
         return None
@@ -260,7 +260,7 @@ def over_constant(findings: Findings, race: Race, result: Result) -> float | Non
 
 
 def headings(base: Base) -> tuple[str, ...]:
-    """Return the headings over `cells` for a race with this base."""
+    """Return the headings of the columns of `cells` for a race with this base."""
     product = "rate x sharpness" + ("" if base.edge is None else " / edge")
     curved = "precond. sharpness" if base.preconditioned else "sharpness"
     return (
@@ -277,11 +277,11 @@ def headings(base: Base) -> tuple[str, ...]:
 
 
 NUMBERS = range(1, 8)
-"""Which of them are set to the right."""
+"""The columns that are right-aligned."""
 
 
 def cells(row: Mapping[str, Any], base: Base) -> list[str]:
-    """Return a row of `results` as people read it, in the order of `headings`."""
+    """Return a row of `results` as text, in the order of `headings`."""
     product = row["product"] if base.edge is None else row["edge_ratio"]
     if not row["seeds"]:
         return [row["label"], *([""] * 7), note(row)]
@@ -299,11 +299,11 @@ def cells(row: Mapping[str, Any], base: Base) -> list[str]:
 
 
 def note(row: Mapping[str, Any]) -> str:
-    """Return what else there is to say about a row of `results`, in a few words."""
+    """Return the note on a row of `results`: missing, lowest, diverged, grid edge."""
     seeds, missing = row["seeds"], row["missing"]
     parts = []
     if missing:
-        parts.append(f"{missing} of {seeds + missing} missing" if seeds else "not there")
+        parts.append(f"{missing} of {seeds + missing} missing" if seeds else "all missing")
     if row["lowest"]:
         parts.append("lowest")
     if row["diverged"]:
@@ -314,9 +314,9 @@ def note(row: Mapping[str, Any]) -> str:
 
 
 def to_csv(frame: pl.DataFrame) -> str:
-    """Return a table as CSV whose text no spreadsheet takes for a formula.
+    """Return a table as CSV in which no text is a formula for a spreadsheet.
 
-    A text that begins like a formula gets an apostrophe in front; numbers stay as they are.
+    Text that starts like a formula is prefixed with an apostrophe; numbers are unchanged.
     """
     defused = [
         pl.when(pl.col(name).str.contains(r"^[=+\-@\t\r]"))
@@ -335,7 +335,7 @@ def batch(size: int | None) -> str:
 
 
 def power_of_two(rate: float | None) -> str:
-    """Return a rate as the power of two that it is, halves included; nothing for None."""
+    """Return a rate as a power of two (also of half exponents) if it is one; empty for None."""
     if rate is None:
         return ""
     exponent = round(2 * math.log2(rate)) / 2
@@ -343,7 +343,7 @@ def power_of_two(rate: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a measured number with a few digits; nothing for None."""
+    """Return a measured number with a few digits; empty for None."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -354,14 +354,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ranged(value: float | None, low: float | None, high: float | None) -> str:
-    """Return a number with the lowest and the highest where they differ from it."""
+    """Return a number with the lowest and the highest if they differ from it."""
     text = number(value)
     ends = (number(low), number(high))
     return text if ends in {(text, text), ("", "")} else f"{text} ({' to '.join(ends)})"
 
 
 def fixed(value: float | None) -> str:
-    """Return a ratio with two decimals, or as a number where it is huge; nothing for None."""
+    """Return a ratio with two decimals, or as `number` if very large or small; empty for None."""
     if value is None:
         return ""
     return f"{value:.2f}" if 0.095 <= value < 1000 else number(value)

@@ -21,10 +21,10 @@ from cdat_lab.races import Job, Race, Result
 from cdat_lab.studies import Sweep
 
 PLAIN_WIDTH = 118
-"""Characters in a line where the output is no terminal."""
+"""Line width if the output is not a terminal."""
 
 WIDE_ONLY = {"tuning runs", "skipped"}
-"""Columns that are left out on a terminal with shorter lines than that."""
+"""Columns that are left out on narrower terminals."""
 
 SIGNS = {"holds": "+", "in part": "~", "does not hold": "-", "unknown": "?"}
 STYLES = {"holds": "green", "in part": "yellow", "does not hold": "red", "unknown": "dim"}
@@ -46,7 +46,7 @@ class JobProgress:
     console : Console
         Where to print.
     jobs : list of Job
-        The work ahead; the time left counts training steps.
+        The jobs to run; the time left is estimated from their training steps.
     """
 
     def __init__(self, console: Console, jobs: list[Job]) -> None:
@@ -108,17 +108,17 @@ def show(console: Console, findings: Findings) -> None:
 
 
 def show_list(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print names with what they stand for."""
+    """Print names with their descriptions."""
     shown = _table(title)
     shown.add_column("name", no_wrap=True)
-    shown.add_column("what it is")
+    shown.add_column("description")
     for name, text in rows:
         shown.add_row(Text(name), Text(text))
     console.print(shown)
 
 
 def show_sharpness(console: Console, problem: Problem, frame: pl.DataFrame) -> None:
-    """Print loss, rate, sharpness and its product with the rate at the records of a run."""
+    """Print loss, rate, sharpness and rate times sharpness at the records of a run."""
     base = problem.base
     kind = "preconditioned sharpness" if base.preconditioned else "sharpness"
     shown = _table(f"{problem.task.name}, {base.label}, {problem.contender.label}")
@@ -126,7 +126,7 @@ def show_sharpness(console: Console, problem: Problem, frame: pl.DataFrame) -> N
     names = ["step", "loss on all data", "learning rate", kind, "rate x sharpness"]
     columns = [pl.col("full_loss"), pl.col("learning_rate"), pl.col("sharpness"), product]
     if base.edge is not None:
-        names.append("over the edge")
+        names.append("relative to edge")
         columns.append(product / base.edge)
     for name in names:
         shown.add_column(name, justify="right")
@@ -162,7 +162,7 @@ def _race_table(findings: Findings, race: Race, *, wide: bool) -> Table:
 
 def _verdict_table(findings: Findings) -> Table:
     shown = _table("Verdicts (claims: arXiv:2407.06183; settings and ranges: ours)")
-    for heading in ("claim", "setting", "asked for", "measured", "verdict"):
+    for heading in ("claim", "setting", "required", "measured", "verdict"):
         shown.add_column(heading, overflow="fold")
     before = ""
     for verdict in findings.verdicts:
@@ -185,10 +185,10 @@ def _verdict_table(findings: Findings) -> Table:
 
 
 def _sweep_table(findings: Findings, sweep: Sweep) -> Table:
-    """Return the final loss of CDAT over that of the tuned constant rate, sigma by batch size."""
+    """Return the table of CDAT's loss relative to the tuned constant rate, by sigma and batch."""
     label = registry.find_base(sweep.base).label
     shown = _table(
-        f"{sweep.task}, {label}, {sweep.backend}: loss of CDAT (EMA {sweep.decay:g}) over that of "
+        f"{sweep.task}, {label}, {sweep.backend}: loss of CDAT (EMA {sweep.decay:g}) relative to "
         "the tuned constant rate"
     )
     shown.add_column("sigma", justify="right")

@@ -1,4 +1,4 @@
-"""Tuning a rate on a logarithmic grid that grows until its optimum is inside."""
+"""Tuning a rate on a logarithmic grid that grows until its optimum is in the interior."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Grid:
-    """The rates that were tried, in rising order, and the best of them.
+    """The rates that were tried, in increasing order, and the best of them.
 
     Attributes
     ----------
     rates, losses : tuple of float
         Each rate with its final loss; infinity where the run diverged.
     best : int
-        Index of the lowest loss (the smallest such rate).
+        Index of the lowest loss (of the smallest rate if tied).
     at_edge : bool
         Whether the best rate is the first or the last one, so that a better one may lie outside.
     """
@@ -37,22 +37,22 @@ def tune(
     *,
     max_extensions: int = 16,
 ) -> Grid:
-    """Try the rates ``2**k``, extend the grid until its best rate is inside, then refine it.
+    """Try the rates ``2**k``, extend the grid until its best rate is interior, then refine it.
 
     Parameters
     ----------
     final_loss : callable
-        ``rate -> loss``; infinite or NaN counts as worst.
+        ``rate -> loss``; infinity and NaN count as worst.
     exponents : iterable of int
         The first grid: consecutive k.
     max_extensions : int
-        Largest number of rates to add outside.
+        Maximum number of rates to add at the ends.
 
     Returns
     -------
     Grid
         Every rate that was tried: powers of 2, and the two at a factor of sqrt(2) from the best of
-        them. If all diverged the grid has grown downwards.
+        them. If all runs diverge, the grid grows downwards.
     """
     losses: dict[float, float] = {}
 

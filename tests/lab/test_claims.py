@@ -51,7 +51,7 @@ def test_a_verdict_counts_the_seeds_in_the_range(losses: tuple[float, float], ou
         results[RACE.key("constant", seed)] = ending(RACE.key("constant", seed), 0.1)
         results[RACE.key("cdat-1.9", seed)] = ending(RACE.key("cdat-1.9", seed), loss)
     found = outcomes(results)
-    name = "CDAT 1.9 (no EMA): loss over that of the tuned constant at most 0.65"
+    name = "CDAT 1.9 (no EMA): loss relative to the tuned constant at most 0.65"
     assert found[name].outcome == outcome
     expected = [loss / 0.1 for loss in losses]
     assert found[name].values == pytest.approx(expected)
@@ -65,7 +65,7 @@ def test_a_constant_rate_that_diverged_is_nothing_to_be_set_against() -> None:
     names = ("constant", "cdat-1.9")
     ends = {("constant", 0): math.inf, ("constant", 1): 0.1}
     keys = [RACE.key(name, seed) for name in names for seed in RACE.seeds]
-    name = "CDAT 1.9 (no EMA): loss over that of the tuned constant at most 0.65"
+    name = "CDAT 1.9 (no EMA): loss relative to the tuned constant at most 0.65"
     found = outcomes({key: ending(key, ends.get((key.contender, key.seed), 0.01)) for key in keys})
     assert found[name].values == pytest.approx((0.1,))
     found = outcomes(

@@ -163,13 +163,13 @@ SPIRAL = """
 """
 
 
-def test_a_task_a_rule_and_a_base_of_ones_own_race_in_worker_processes(tmp_path: Path) -> None:
+def test_your_own_task_rule_and_base_race_in_worker_processes(tmp_path: Path) -> None:
     file = tmp_path / "spiral.py"
     file.write_text(textwrap.dedent(SPIRAL))
     call = ["compare", "spiral", "--with", str(file), "--steps", "20", "--base", "lion"]
     call += ["--base", "gd", "--contender", "constant", "--contender", "mine", "--jobs", "2"]
     call += ["--out", str(tmp_path / "out")]
-    # In a process of its own: what is registered stays registered.
+    # In another process: what is registered stays registered.
     done = run("cdat", call)
     assert done.returncode == 0, done.stderr
     assert "my <b>rule</b>" in done.stdout
@@ -307,8 +307,8 @@ def test_without_any_backend_it_says_what_to_install(tmp_path: Path) -> None:
         (["compare", "digits", "--batch-size", "513"], "at most 512"),
         (["compare", "digits", "--with", "nowhere.py"], "there is no file nowhere.py"),
         (["reproduce", "--only", "E"], "no claim 'E'"),
-        (["simulate", "--rule", "prodigy"], "whole optimizer"),
-        (["report", "nowhere"], "holds no study.json"),
+        (["simulate", "--rule", "prodigy"], "complete optimizer"),
+        (["report", "nowhere"], "has no study.json"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], message: str) -> None:

@@ -376,7 +376,7 @@ def test_a_rate_beyond_all_bounds_does_not_raise(base: Base) -> None:
 
 def test_what_is_built_for_other_frameworks_is_refused_by_name() -> None:
     for name in ("prodigy", "schedule-free"):
-        with pytest.raises(ValueError, match=f"'{name}' is an optimizer of another package"):
+        with pytest.raises(ValueError, match=f"'{name}' is an optimizer from another package"):
             run(problem(linear_task(), CONTENDERS[name]))
     foreign = Base(name="lion", label="Lion", optax=lambda: None)
     with pytest.raises(ValueError, match="'lion' is built for other frameworks"):

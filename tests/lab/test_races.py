@@ -187,11 +187,11 @@ def test_results_of_another_version_are_left_out_with_a_notice(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no study.json"),
-        ("{", "is no plan of a study"),
-        ("[]", "is no plan of a study"),
+        (None, "has no study.json"),
+        ("{", "is not a valid study plan"),
+        ("[]", "is not a valid study plan"),
         ('{"format": 99, "study": {}}', "format 99"),
-        ('{"format": 1, "study": {"title": "x"}}', "is no plan of a study"),
+        ('{"format": 1, "study": {"title": "x"}}', "is not a valid study plan"),
     ],
 )
 def test_a_folder_without_a_readable_plan_is_refused(
@@ -237,7 +237,7 @@ def test_a_run_that_diverges_has_no_final_loss(tmp_path: Path) -> None:
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     pl.DataFrame({"loss": [1.0]}).write_parquet(tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="not a whole run of cdat"):
+    with pytest.raises(ValueError, match="not a complete cdat run"):
         runs.read(tmp_path / "other.parquet")
 
 
@@ -295,8 +295,8 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     code = f"""
         import os, signal
         from pathlib import Path
-        from cdat_lab.storage import whole
-        with whole(Path({str(path)!r})) as temporary:
+        from cdat_lab.storage import atomic
+        with atomic(Path({str(path)!r})) as temporary:
             temporary.write_text("half a ")
             os.kill(os.getpid(), signal.SIGKILL)
     """

@@ -272,8 +272,8 @@ def test_an_incomplete_study_has_a_page(everything: Findings, html: str) -> None
     nothing = dataclasses.replace(everything, results={}, simulations=(), verdicts=())
     empty = page(nothing)
     assert empty.ids("section") == ["race-1", "race-2", "sweep-1", "configuration"]
-    assert empty.text.count("No result of this race is there yet") == 2
-    assert "not there" in empty.text
+    assert empty.text.count("This race has no results yet") == 2
+    assert "all missing" in empty.text
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -298,7 +298,7 @@ def test_a_base_without_a_known_edge_has_no_line(monkeypatch: pytest.MonkeyPatch
     assert "is not known" in found.text
 
 
-def test_an_optimizer_with_a_preconditioner_of_its_own_is_not_set_against_the_edge() -> None:
+def test_an_optimizer_with_its_own_preconditioner_is_not_compared_with_the_edge() -> None:
     race = made_up.race("adam", ("constant", "schedule-free"))
     findings = made_up.findings(races=[race])
     constant, other = table.results(findings, race).iter_rows(named=True)
@@ -333,7 +333,7 @@ def test_long_curves_are_thinned_by_an_odd_stride(points: int) -> None:
     assert all(stride % 2 for stride in strides)
 
 
-def test_every_contender_has_a_style_of_its_own() -> None:
+def test_every_contender_has_its_own_style() -> None:
     assert set(CONTENDERS) <= set(BUILT_IN)
     names = [*CONTENDERS, *(f"own-{i}" for i in range(12))]
     found = styles(names)

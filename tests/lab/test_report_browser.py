@@ -109,5 +109,5 @@ def test_a_browser_draws_every_figure(
     assert found["after"] == 0
     assert found["image"].startswith("data:image/svg+xml")
     for label in ("quadratically greedy", "edge of stability, 2"):
-        assert label in found["image"]  # the image has a legend of its own
+        assert label in found["image"]  # the image has its own legend
     assert "constant rate" not in found["image"]  # it was hidden

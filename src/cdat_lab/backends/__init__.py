@@ -5,7 +5,7 @@ from cdat_lab.backends._availability import (
     Backend,
     available,
     load,
-    package_hindrance,
+    package_obstacle,
     single_threaded,
 )
 from cdat_lab.backends._trajectory import Problem, Trajectory
@@ -17,6 +17,6 @@ __all__ = [
     "Trajectory",
     "available",
     "load",
-    "package_hindrance",
+    "package_obstacle",
     "single_threaded",
 ]

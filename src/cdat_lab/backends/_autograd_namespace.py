@@ -1,7 +1,7 @@
-"""The array API in functions that HIPS autograd differentiates; the module is the namespace.
+"""The array API in functions that HIPS autograd can differentiate; the module is the namespace.
 
-A name is looked up here, then in ``autograd.numpy``, which keeps NumPy's own names and arguments,
-then in ``array_api_compat.numpy`` for what has no derivative.
+A name is looked up here, then in ``autograd.numpy``, which uses NumPy's names and arguments, then
+in ``array_api_compat.numpy`` for functions without a derivative.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
         if hasattr(module, _NUMPY_NAMES.get(name, name)):
             return getattr(module, _NUMPY_NAMES.get(name, name))
     msg = (
-        f"the numpy backend has no function {name!r}: autograd.numpy does not offer it; write the "
+        f"the numpy backend has no function {name!r}: autograd.numpy has none either; write the "
         "task with other functions of the array API, or run it under another backend"
     )
     raise AttributeError(msg)
@@ -46,7 +46,7 @@ def astype(x: Array, dtype: Any, /, *, copy: bool = True) -> Array:
 
 
 def concat(arrays: Sequence[Array], /, *, axis: int | None = 0) -> Array:
-    """Join arrays along an axis; flattened ones if it is None."""
+    """Join arrays along an axis; None flattens them first."""
     if axis is None:
         return anp.concatenate([anp.ravel(x) for x in arrays])
     return anp.concatenate(arrays, axis=axis)
@@ -63,7 +63,7 @@ def std(x: Array, /, *, axis: Any = None, correction: float = 0.0, keepdims: boo
 
 
 def take(x: Array, indices: Array, /, *, axis: int = 0) -> Array:
-    """Return the entries at some places along an axis."""
+    """Return the elements at the given indices along an axis."""
     return x[(slice(None),) * (axis % anp.ndim(x)) + (indices,)]
 
 
@@ -71,8 +71,8 @@ def _tanh(x: Array, /) -> Array:
     return np.tanh(x)
 
 
-# The rule of autograd.numpy divides by the square of the hyperbolic cosine: that overflows where x
-# exceeds 355, and the second derivative is then NaN. The function around np.tanh leaves that alone.
+# The rule of autograd.numpy divides by the square of the hyperbolic cosine, which overflows for x
+# above 355 and makes the second derivative NaN. Wrapping np.tanh leaves that rule in place.
 tanh = primitive(_tanh)
 defvjp(tanh, lambda ans, _: lambda g: g * (1 - ans * ans))
 

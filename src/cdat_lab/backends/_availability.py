@@ -19,20 +19,20 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    "NPROC": "1",  # how many threads XLA takes
+    "NPROC": "1",  # number of threads of XLA
 }
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A framework a run can go through.
+    """A framework that can execute runs.
 
     Attributes
     ----------
     name, label : str
-        For the command line and for people.
+        Name on the command line; label in tables and figures.
     requires : tuple of str
-        The packages it imports; each is called the same on the package index.
+        The packages it imports; their names on the package index are the same.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Backend:
 
     @property
     def extra(self) -> str:
-        """The extra of this package that brings what is required."""
+        """The extra of this package that installs the required packages."""
         return "lab" if self.name == "numpy" else self.name
 
     def missing(self) -> list[str]:
@@ -53,7 +53,7 @@ class Backend:
         return {name: importlib.metadata.version(name) for name in self.requires}
 
     def describe(self) -> str:
-        """Return one phrase: the version, or how to install it."""
+        """Return the installed versions, or how to install what is missing."""
         missing = self.missing()
         if missing:
             return f'{" and ".join(missing)} not installed (pip install "cdat[{self.extra}]")'
@@ -76,11 +76,11 @@ PACKAGES = {
     ("prodigy", "torch"): "prodigyopt",
     ("schedule-free", "torch"): "schedulefree",
 }
-"""Which package has a whole optimizer for a backend."""
+"""The package that provides a complete optimizer under a backend."""
 
 
-def package_hindrance(optimizer: str, backend: str) -> str | None:
-    """Return why an optimizer from another package cannot run under a backend, None if it can."""
+def package_obstacle(optimizer: str, backend: str) -> str | None:
+    """Return why an optimizer from another package cannot run under a backend; None if it can."""
     package = PACKAGES.get((optimizer, backend))
     if package is None:
         return f"{optimizer} is not available under {backend}"
@@ -92,7 +92,7 @@ def package_hindrance(optimizer: str, backend: str) -> str | None:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # hidden by an import hook, or half imported
+    except (ImportError, ValueError):  # hidden by an import hook, or partially imported
         return False
 
 
@@ -116,9 +116,9 @@ def load(name: str) -> Callable[[Problem], Trajectory]:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Keep the frameworks imported inside to one CPU thread, so that sums have one order.
+    """Limit the frameworks to one CPU thread inside the block, so that sums have a fixed order.
 
-    The environment variables act on frameworks that are not imported yet.
+    The environment variables affect only frameworks that are first imported inside the block.
     """
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""The sharpness as it is tracked from record to record, under every framework."""
+"""Tracking of the sharpness from record to record, under every framework."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from cdat_core import TopEigenvalues
 
 MATVECS = 8
-"""Hessian-vector products for a sharpness, by Lanczos from the last eigenvector."""
+"""Hessian-vector products per measurement, by Lanczos from the last eigenvector."""
 
 FIRST_RESTARTS = 5
-"""How often the first one is restarted, since it begins in a random vector."""
+"""Lanczos runs of the first measurement, which starts from a random vector."""
 
 
 class SharpnessTracker:
@@ -21,7 +21,7 @@ class SharpnessTracker:
     Parameters
     ----------
     probe : vector
-        Where the first measurement begins.
+        Start vector of the first measurement.
     """
 
     def __init__(self, probe: Any) -> None:

@@ -1,4 +1,4 @@
-"""What goes into a backend and what comes out of it."""
+"""Input and output of a backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Problem:
     Attributes
     ----------
     task : Task
-        What to train.
+        The task to train.
     base : Base
         The optimizer that gives the direction.
     contender : Contender
@@ -30,13 +30,13 @@ class Problem:
     steps : int
         Length of the run.
     record_every : int
-        Steps from one record to the next.
+        Number of steps between records.
     sharpness : bool
-        Whether the records have the sharpness.
+        Whether to record the sharpness.
     batch_size : int or None
         Rows of a mini-batch; None for the full batch.
     seed : int
-        Seed of the mini-batches and of the first vector for the sharpness.
+        Seed of the mini-batches and of the start vector for the sharpness.
     """
 
     task: Task
@@ -50,14 +50,14 @@ class Problem:
     seed: int
 
     def probe(self) -> tuple[NDArray[np.float64], ...]:
-        """Return a random vector, shaped like the weights, in which the first sharpness begins."""
+        """Return the start vector for the first sharpness: random, shaped like the weights."""
         generator = np.random.default_rng([self.seed, 1])
         return tuple(generator.standard_normal(p.shape) for p in self.task.params)
 
     def batches(self) -> NDArray[np.int64] | None:
-        """Return the rows of each mini-batch, shape (steps, batch_size); None in full batch.
+        """Return the rows of each mini-batch, shape (steps, batch_size); None for the full batch.
 
-        Each pass over the data is a new permutation; rows left over at its end are dropped.
+        Each pass over the data is a new permutation; rows left over at the end are dropped.
         """
         if self.batch_size is None:
             return None
@@ -72,36 +72,35 @@ class Problem:
         return np.concatenate(rows)[: self.steps]
 
     def record_steps(self) -> NDArray[np.int64]:
-        """Return the steps before which a record is made: 0, record_every, ..., and the end."""
+        """Return the steps before which a record is taken: 0, record_every, ..., and the end."""
         return np.append(np.arange(0, self.steps, self.record_every), self.steps)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What happened; index t belongs to the weights before step t.
+    """The history of a run; index t refers to the weights before step t.
 
     Attributes
     ----------
     loss : ndarray of float64, shape (steps,)
         The loss of each step on its batch.
     learning_rate, slope : ndarray of float64, shape (steps,)
-        The rate of the step and the directional derivative <g, u>; NaN where the contender has
-        none to show.
+        The rate of the step and the directional derivative <g, u>; NaN if the contender has none.
     curvature : ndarray of float64, shape (steps,)
-        The directional curvature <u, H u>; NaN where the rule did not ask for it.
+        The directional curvature <u, H u>; NaN if the rule does not use it.
     trials : ndarray of int64, shape (steps,)
-        Rates that a line search tried; 0 for other rules.
+        Number of rates that a line search tried; 0 for other rules.
     skipped : ndarray of int64, shape (steps,)
-        Steps skipped so far because something was not finite.
+        Cumulative number of steps skipped because a value was not finite.
     full_loss : ndarray of float64, shape (records,)
         The loss on all data before the steps `Problem.record_steps`.
     sharpness : ndarray of float64, shape (records,)
-        Largest eigenvalue of the Hessian on all data, preconditioned if the base is; NaN where it
-        was not asked for, and before the first step of a preconditioned base.
+        Largest eigenvalue of the Hessian on all data, preconditioned if the base is; NaN if not
+        requested, and before the first step of a preconditioned base.
     seconds : ndarray of float64, shape (records,)
-        Wall-clock time of the steps so far, without compilation and without the records.
+        Cumulative wall-clock time of the steps, excluding compilation and records.
     compile_seconds : float
-        Time spent compiling for this run; 0 where there was nothing to compile.
+        Time spent compiling for this run; 0 if nothing was compiled.
     """
 
     loss: NDArray[np.float64]

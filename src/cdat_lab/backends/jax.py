@@ -1,4 +1,4 @@
-"""The JAX backend: the steps between two records are one compiled loop."""
+"""The JAX backend: the steps between two records form one compiled loop."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS = ("loss", "learning_rate", "slope", "curvature", "trials", "skipped")
 
 
 def run(problem: Problem) -> Trajectory:
-    """Train a task under JAX, on the CPU or wherever JAX runs, in float64.
+    """Train a task under JAX, on JAX's default device, in float64.
 
     Parameters
     ----------
     problem : Problem
-        What to run.
+        The run.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def run(problem: Problem) -> Trajectory:
 
 @functools.lru_cache(maxsize=16)
 def _composite(model: Model, criterion: Criterion) -> cdat_jax.CompositeLoss:
-    """Return the loss of parameters and data, one object for each task, so compiled once."""
+    """Return the loss of parameters and data; one object per task, so that it compiles once."""
     return cdat_jax.CompositeLoss(
         lambda params, inputs: model(jnp, params, inputs),
         lambda outputs, targets: criterion(jnp, outputs, targets),
@@ -51,7 +51,7 @@ def _composite(model: Model, criterion: Criterion) -> cdat_jax.CompositeLoss:
 
 
 class Program(NamedTuple):
-    """What decides the compiled loop; problems that share it share one compilation."""
+    """The static part of a problem; problems with the same program share one compilation."""
 
     model: Model
     criterion: Criterion
@@ -95,7 +95,7 @@ class Program(NamedTuple):
         return cdat_jax.tuned(transformation(self.base), rule, curvature=self.curvature)
 
     def evaluated(self, state: Any, params: Params) -> Params:
-        """Return the parameters at which the optimizer wants to be judged."""
+        """Return the parameters at which to evaluate the optimizer."""
         if self.optimizer == "schedule-free":
             return optax.contrib.schedule_free_eval_params(state, params)
         return params
@@ -105,7 +105,7 @@ def transformation(base: Base) -> optax.GradientTransformation:
     """Return a base optimizer as a transformation of Optax at learning rate 1."""
     if not base.builtin:
         if base.optax is None:
-            msg = f"base optimizer {base.name!r} has no `optax` constructor, so not under JAX"
+            msg = f"base {base.name!r} has no `optax` constructor, so it cannot run under JAX"
             raise ValueError(msg)
         built: optax.GradientTransformation = base.optax()
         return built
@@ -161,7 +161,7 @@ def _wait(arrays: Any) -> None:
 
 
 def _rows(rows: np.ndarray[Any, Any] | None, start: Any, length: int) -> jax.Array | None:
-    """Return the batches of the next `length` steps; the last one is repeated to fill up."""
+    """Return the batches of the next `length` steps, padded by repeating the last one."""
     if rows is None:
         return None
     return jnp.asarray(rows[np.minimum(start + np.arange(length), len(rows) - 1)])
@@ -169,13 +169,13 @@ def _rows(rows: np.ndarray[Any, Any] | None, start: Any, length: int) -> jax.Arr
 
 @functools.lru_cache(maxsize=64)
 def _slot(program: Program, shapes: tuple[Any, ...]) -> list[Any]:
-    """Return where the compiled loop of this program is kept."""
+    """Return the list that caches the compiled loop of a program."""
     del program, shapes
     return []
 
 
 def _compiled_loop(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
-    """Return the compiled loop and the seconds that compiling took, 0 if it was there."""
+    """Return the compiled loop and the seconds that compiling took, 0 if it was cached."""
     shapes = tuple((jnp.shape(a), str(jnp.result_type(a))) for a in jax.tree.leaves(arguments))
     kept = _slot(program, shapes)
     if kept:
@@ -194,7 +194,7 @@ def _loop(
     rows: jax.Array | None,
     number: jax.Array,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
-    """Take `number` steps; return the new carry and what was measured, in rows."""
+    """Take `number` steps; return the new carry and the measurements, one array per column."""
     solver, loss = program.solver(values), program.loss()
     wide = jnp.zeros(program.length)
     empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
@@ -215,7 +215,7 @@ def _loop(
 
 
 def _shown(program: Program, state: Any) -> tuple[Any, ...]:
-    """Return rate, slope, curvature, trials and skipped steps of the step that led to a state."""
+    """Return rate, slope, curvature, trials and skipped steps of the last step."""
     if program.optimizer is not None:
         rate = state.estim_lr if program.optimizer == "prodigy" else jnp.nan
         return rate, jnp.nan, jnp.nan, 0, 0

@@ -39,7 +39,7 @@ def run(problem: Problem) -> Trajectory:
     Parameters
     ----------
     problem : Problem
-        What to run.
+        The run.
 
     Returns
     -------
@@ -48,14 +48,14 @@ def run(problem: Problem) -> Trajectory:
     Raises
     ------
     ValueError
-        If the contender is a whole optimizer, asks for an unknown curvature, or the base optimizer
-        is built for other frameworks.
+        If the contender is a complete optimizer or has an unknown curvature, or if the base
+        optimizer is built for other frameworks.
     """
     contender, base = problem.contender, problem.base
     if contender.rule is None or contender.optimizer is not None:
         msg = (
-            f"contender {contender.name!r} is an optimizer of another package, which the numpy "
-            "backend does not have; run it under jax or torch"
+            f"contender {contender.name!r} is an optimizer from another package, which the numpy "
+            "backend does not support; run it under jax or torch"
         )
         raise ValueError(msg)
     if contender.curvature not in {"auto", "gauss_newton"}:
@@ -66,8 +66,8 @@ def run(problem: Problem) -> Trajectory:
         raise ValueError(msg)
     if not base.builtin:
         msg = (
-            f"base {base.name!r} is built for other frameworks; the numpy backend has the "
-            "optimizers that coefficients describe (gd, momentum, rmsprop, adam and their like)"
+            f"base {base.name!r} is built for other frameworks; the numpy backend supports "
+            "optimizers described by coefficients, such as gd, momentum, rmsprop and adam"
         )
         raise ValueError(msg)
     rule = contender.rule(problem.steps, **problem.hyperparameters)
@@ -81,7 +81,7 @@ def run(problem: Problem) -> Trajectory:
 
 
 def _train(problem: Problem, rate: Rate) -> Trajectory:
-    """Run the steps and make the records."""
+    """Run the steps and take the records."""
     task, base = problem.task, problem.base
     whole, batches = Objective(task), problem.batches()
     record_steps = set(problem.record_steps().tolist())
@@ -135,7 +135,7 @@ class Objective:
 
     def outputs(self, params: Any) -> Any:
         """Return the outputs of the model; `params` may be traced."""
-        # What autograd traces in place of a tuple is none; the model gets a list of arrays.
+        # autograd's stand-in for a tuple is not a tuple; the model gets a list of arrays.
         return self.task.model(xp, [params[i] for i in range(len(params))], self.inputs)
 
     def value(self, params: Any) -> Any:
@@ -143,25 +143,25 @@ class Objective:
         return self.task.criterion(xp, self.outputs(params), self.targets)
 
     def derivatives(self, params: Params, *, second: bool) -> tuple[Any, Params, Product | None]:
-        """Return the loss, its gradient and, if asked for, the product with its Hessian."""
+        """Return the loss, its gradient and, if `second`, the Hessian-vector product."""
         if not second:
             value, grads = value_and_grad(self.value)(params)
             return value, grads, None
-        # One trace of loss and gradient together, from which each product only goes backward.
+        # One trace of loss and gradient together; each product is then one backward pass.
         pull_back, (value, grads) = make_vjp(
             lambda params: traced_tuple(value_and_grad(self.value)(params))
         )(params)
         return value, grads, lambda v: pull_back((0.0, v))
 
     def hvp(self, params: Params) -> Product:
-        """Return the product with the Hessian."""
+        """Return the Hessian-vector product."""
         product: Product = make_hvp(self.value)(params)[0]
         return product
 
     def gauss_newton(self, params: Params, direction: Params) -> Any:
         """Return <J u, H_out J u>: the curvature if the model were linear in its weights."""
-        # Linear in its argument, the pullback of the pullback is the push-forward; forward mode
-        # has no rule for some of the functions that reverse mode has one for.
+        # The pullback is linear, so its own pullback is the push-forward. autograd's forward mode
+        # lacks rules for some functions that its reverse mode has.
         pull_back, outputs = make_vjp(self.outputs)(params)
         push_forward, _ = make_vjp(pull_back)(np.zeros_like(outputs))
         change = push_forward(direction)
@@ -170,7 +170,7 @@ class Objective:
 
 
 class BaseState(NamedTuple):
-    """What a base optimizer remembers: steps taken, first and second moment of the gradient."""
+    """State of a base optimizer: steps taken, first and second moment of the gradient."""
 
     step: int
     first: Params
@@ -207,7 +207,7 @@ def preconditioner(base: Base, state: BaseState) -> Params:
 
 
 def inverse_sqrt(base: Base, state: BaseState) -> Callable[[Params], Params] | None:
-    """Return ``v -> P^-1/2 v``, or None where nothing is preconditioned."""
+    """Return ``v -> P^-1/2 v``, or None if the base has no preconditioner."""
     if not base.preconditioned:
         return None
     diagonal = tuple(1 / np.sqrt(p) for p in preconditioner(base, state))
@@ -225,7 +225,7 @@ def sharpness(
 
 
 class Point(NamedTuple):
-    """Where the rate of a step is chosen: the loss and its derivatives, the update at rate 1."""
+    """What a rate is chosen from: the loss, its derivatives and the update at rate 1."""
 
     objective: Objective
     params: Params
@@ -242,7 +242,7 @@ class Point(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The rate of a step and what it was chosen by, or that the step is skipped."""
+    """The rate of a step, what it was chosen from, and whether the step is skipped."""
 
     value: Any
     learning_rate: Any
@@ -253,7 +253,7 @@ class Decision(NamedTuple):
 
 
 class Rate(Protocol):
-    """What chooses the rate of each step."""
+    """Chooses the rate of each step."""
 
     uses_hessian: bool
 
@@ -263,7 +263,7 @@ class Rate(Protocol):
 
 
 class TunedRate:
-    """The rates of a tuner."""
+    """Rates chosen by a tuner."""
 
     def __init__(self, tuner: Tuner[Any], curvature: str, tracker: SharpnessTracker) -> None:
         self.tuner, self.state = tuner, tuner.init(np.zeros(()))
@@ -272,7 +272,7 @@ class TunedRate:
         self.uses_hessian = by_hessian or "sharpness" in tuner.needs
 
     def decide(self, point: Point) -> Decision:
-        """Return the rate of the tuner; it skips what is not finite."""
+        """Return the tuner's rate; the tuner skips measurements that are not finite."""
         curvature = largest = None
         if "curvature" in self.tuner.needs:
             curvature = self._curvature(point)
@@ -299,7 +299,7 @@ class TunedRate:
 
 
 class SearchedRate:
-    """The rates of a line search, each from the one before."""
+    """Rates chosen by a line search, each starting from the last one."""
 
     uses_hessian = False
 
@@ -307,7 +307,7 @@ class SearchedRate:
         self.search, self.last = search, np.zeros(())
 
     def decide(self, point: Point) -> Decision:
-        """Return the rate that the search ends with; what is not finite is skipped."""
+        """Return the final rate of the search; skip if loss or slope is not finite."""
         slope = point.slope
         start = Measurement(point.value, slope, None)
         state = self.search.init(start, np.zeros(()), self.last)
@@ -325,7 +325,7 @@ class SearchedRate:
         )
 
     def _trial(self, point: Point, moved: Params) -> tuple[Any, ...]:
-        """Return the loss at a trial and, where the search asks for it, the slope."""
+        """Return the loss at a trial and, if the search needs it, the slope."""
         if "slope" not in self.search.trial_needs:
             return (point.objective.value(moved),)
         value, grads, _ = point.objective.derivatives(moved, second=False)

@@ -27,7 +27,7 @@ def run(problem: Problem) -> Trajectory:
     Parameters
     ----------
     problem : Problem
-        What to run.
+        The run.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def optimizer(base: Base, params: list[Tensor]) -> torch.optim.Optimizer:
     """Return a base optimizer of torch.optim at learning rate 1."""
     if not base.builtin:
         if base.torch is None:
-            msg = f"base optimizer {base.name!r} has no `torch` constructor, so not under PyTorch"
+            msg = f"base {base.name!r} has no `torch` constructor, so it cannot run under PyTorch"
             raise ValueError(msg)
         built: torch.optim.Optimizer = base.torch(list(params))
         return built
@@ -87,7 +87,7 @@ def optimizer(base: Base, params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 class _Tuned:
-    """A base optimizer under a rule for its rate."""
+    """A base optimizer with a learning-rate rule."""
 
     def __init__(self, problem: Problem, params: list[Tensor]) -> None:
         contender = problem.contender
@@ -123,7 +123,7 @@ class _Tuned:
 
 
 class _Package:
-    """A whole optimizer from another package."""
+    """A complete optimizer from another package."""
 
     def __init__(self, problem: Problem, params: list[Tensor]) -> None:
         self._params, self._task = params, problem.task
@@ -138,7 +138,7 @@ class _Package:
         return loss.detach(), group.get("d", NAN), NAN, NAN, 0, 0
 
     def full_loss(self, data: tuple[Tensor, ...]) -> float:
-        # Schedule-free keeps its average beside the weights at which it takes gradients.
+        # Schedule-free evaluates at an average of the weights, not where it takes gradients.
         switch: Callable[[], None] | None = getattr(self.base, "eval", None)
         if switch is not None:
             switch()

@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The ``cdat`` command and its subcommands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Curvature-aware learning rates: reproduce the paper, and race rules against each other."""
+    """Curvature-aware learning rates: reproduce the paper, and compare learning-rate rules."""
 
 
 app.command("compare")(_compare.compare)

@@ -1,4 +1,4 @@
-"""``cdat compare``: rules for the learning rate against each other on one task."""
+"""``cdat compare``: compare learning-rate rules on one task."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def compare(
     contender: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rule for the rate, or 'all'; repeatable. `cdat-SIGMA` and `cdat-SIGMA-ema-DECAY` "
-            "are rules too.  [default: six of them]"
+            help="Learning-rate rule, or 'all'; repeatable. `cdat-SIGMA` and "
+            "`cdat-SIGMA-ema-DECAY` are rules too.  [default: six rules]"
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="jax, torch, numpy, or all frameworks installed.")
+        str, typer.Option(help="jax, torch, numpy, or all: every framework installed.")
     ] = "all",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each run.  [default: the task's budget]")
@@ -36,7 +36,9 @@ def compare(
         int | None, typer.Option(min=1, help="Rows of a mini-batch.  [default: all data]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and batches.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted up from --seed.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds, counting up from --seed.")
+    ] = 1,
     out: _options.Out = None,
     jobs: _options.Jobs = None,
     resume: _options.Resume = False,
@@ -46,7 +48,7 @@ def compare(
 ) -> None:
     """Train with every rule on a task; print a table and write an HTML report.
 
-    Rates are tuned by factors of 2, then sqrt(2), each seed for itself.
+    Rates are tuned by factors of 2, then sqrt(2), separately for each seed.
 
     **Examples**
 

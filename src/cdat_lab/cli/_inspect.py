@@ -1,4 +1,4 @@
-"""Commands that look at something: ``cdat sharpness``, ``cdat tasks`` and ``cdat report``."""
+"""Commands that inspect: ``cdat sharpness``, ``cdat tasks`` and ``cdat report``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cdat_lab.tasks import TASKS
 def sharpness(
     task: Annotated[str, typer.Argument(help="Name of a task; `cdat tasks` lists them.")],
     base: Annotated[str, typer.Option(help="Base optimizer.")] = "gd",
-    rule: Annotated[str, typer.Option(help="Rule for the rate.")] = "constant",
+    rule: Annotated[str, typer.Option(help="Learning-rate rule.")] = "constant",
     rate: Annotated[
         float, typer.Option(min=0.0, help="The constant rate, or the peak of a schedule.")
     ] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 400,
-    records: Annotated[int, typer.Option(min=1, help="Lines of the table, about.")] = 10,
+    records: Annotated[int, typer.Option(min=1, help="Approximate number of table rows.")] = 10,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of a mini-batch.  [default: all data]")
     ] = None,
@@ -34,10 +34,10 @@ def sharpness(
     ] = None,
     with_: _options.With = None,
 ) -> None:
-    """Train once and print how the sharpness moves: the largest eigenvalue of the Hessian.
+    """Train once and print how the sharpness, the largest eigenvalue of the Hessian, changes.
 
-    Under RMSProp and Adam it is that of the preconditioned Hessian. The last column says how far
-    the rate sits from the edge of stability, which is at 1.
+    With RMSProp and Adam the Hessian is preconditioned. The last column is rate x sharpness
+    relative to the edge of stability, so the edge is at 1.
 
     **Examples**
 
@@ -51,7 +51,7 @@ def sharpness(
     optimizer = _options.checked("--base", registry.find_base, base)
     name = _options.one_backend(backend)
     if contender.rule is None:
-        msg = f"must be a rule for the rate, and {rule} is a whole optimizer"
+        msg = f"must be a learning-rate rule, but {rule} is a complete optimizer"
         raise typer.BadParameter(msg, param_hint="--rule")
     _options.checked("--batch-size", problem.check_batch_size, batch_size)
     settings = dict(contender.hyperparameters)
@@ -87,7 +87,7 @@ def tasks(with_: _options.With = None) -> None:
     terminal.show_list(console, "Tasks", described)
     terminal.show_list(console, "Base optimizers", [(b.name, b.label) for b in BASES.values()])
     rules = [(c.name, c.label) for c in CONTENDERS.values()]
-    terminal.show_list(console, "Rules for the rate", rules)
+    terminal.show_list(console, "Learning-rate rules", rules)
     shown = [(b.name, b.describe()) for b in backends.BACKENDS.values()]
     terminal.show_list(console, "Backends", shown)
 
@@ -99,9 +99,9 @@ def report(
     with_: _options.With = None,
     quiet: _options.Quiet = False,
 ) -> None:
-    """Write the report of a folder again, from its runs; train nothing.
+    """Write the report of a folder again from its runs, without training.
 
-    Runs of another version and files that are damaged are left out, with a notice.
+    Runs from other versions and damaged files are left out, with a notice.
 
     **Example**
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how what is typed is checked."""
+"""Options shared by several commands, and their validation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ Jobs = Annotated[
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Keep finished runs of the same configuration, versions and code."
+        "--resume", help="Reuse finished runs with the same configuration, versions and code."
     ),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but the path of the report.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of the report.")]
 With = Annotated[
     list[Path] | None,
     typer.Option(
@@ -40,7 +38,7 @@ Dask = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Run the jobs on a dask cluster, as in tcp://host:8786; its workers see the same "
+        help="Run the jobs on a dask cluster, e.g. tcp://host:8786; its workers must see the same "
         "folder.",
     ),
 ]
@@ -50,13 +48,13 @@ Backend = Annotated[
 
 
 def fail(message: str) -> NoReturn:
-    """End with an error message and status 1."""
+    """Exit with an error message and status 1."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
 
 
 def checked(option: str, find: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `find`; what it refuses is an error of that option."""
+    """Call `find`; turn a ValueError into an error about the option."""
     try:
         return find(*arguments)
     except ValueError as error:
@@ -70,7 +68,7 @@ def load_files(paths: Iterable[Path] | None) -> None:
 
 
 def one_backend(name: str | None) -> str:
-    """Return a backend that is installed: the given one, or the first of all."""
+    """Return an installed backend: the given one, or the first available."""
     if name is None:
         found = backends.available()
         if not found:
@@ -85,7 +83,7 @@ def one_backend(name: str | None) -> str:
 def several_backends(name: str) -> tuple[str, ...]:
     """Return the backends for ``--backend``, where "all" means every framework installed.
 
-    NumPy is slow, so it takes part in "all" only where there is nothing else.
+    NumPy is slow, so "all" includes it only if nothing else is installed.
     """
     _check_backend(name, ("all", *backends.BACKENDS))
     if name != "all":
@@ -108,7 +106,7 @@ def _described() -> str:
 
 
 def writable(folder: Path) -> Path:
-    """Make a folder, or end with a message that says why it cannot be written to."""
+    """Create a folder, or exit with the reason why it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".cdat-writable"
@@ -120,5 +118,5 @@ def writable(folder: Path) -> Path:
 
 
 def process_count(jobs: int | None, work: int) -> int:
-    """Return how many worker processes to start for so many jobs."""
+    """Return the number of worker processes to start for `work` jobs."""
     return max(1, min(jobs or joblib.cpu_count(), work))

@@ -1,4 +1,4 @@
-"""``cdat reproduce``: the claims of the paper, with verdicts."""
+"""``cdat reproduce``: test the claims of the paper."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def reproduce(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="CLAIMS", help="Only these claims, as in A or A,C.", show_default=False
+            metavar="CLAIMS", help="Only these claims, e.g. A or A,C.", show_default=False
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds for every run.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for every run.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     full: Annotated[
         bool, typer.Option("--full", help="More tasks, every contender; takes hours.")
     ] = False,
@@ -36,7 +36,7 @@ def reproduce(
 ) -> None:
     """Test the claims of "Stepping on the Edge" and write a report with verdicts.
 
-    A: greedy tuners lose to a tuned constant rate in full batch. B: CDAT near sigma 2 wins. C: the
+    A: full batch, greedy tuners lose to a tuned constant rate. B: CDAT near sigma 2 wins. C: the
     best sigma falls as the batch shrinks. D: a joint model of rate and sharpness explains it.
 
     **Examples**
@@ -50,7 +50,7 @@ def reproduce(
     wanted = tuple(dict.fromkeys(part.strip().upper() for part in (only or "").split(",") if part))
     for claim in wanted:
         if claim not in STATEMENTS:
-            msg = f"there is no claim {claim!r}; choose among {', '.join(STATEMENTS)}"
+            msg = f"there is no claim {claim!r}; choose one of: {', '.join(STATEMENTS)}"
             raise typer.BadParameter(msg, param_hint="--only")
     chosen = _options.one_backend(backend)
     numbers = tuple(range(first_seed, first_seed + seeds))

@@ -1,4 +1,4 @@
-"""What every command that trains does around it: progress, interrupts, tables and the report."""
+"""Shared by the commands that train: progress, interrupts, tables and the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def carry_out(
     dask: str | None,
     notices: tuple[str, ...] = (),
 ) -> Findings:
-    """Train, print what came out, write the report; end with status 130 on an interrupt."""
+    """Train, print the results, write the report; exit with status 130 on an interrupt."""
     console = terminal.make_console(quiet=quiet)
     _options.writable(folder)
     work = study.jobs()
@@ -72,7 +72,7 @@ def present(findings: Findings, folder: Path, *, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def _scheduled(address: str | None) -> Iterator[None]:
-    """Send the jobs inside to a dask cluster, if there is an address."""
+    """Send the jobs started inside the block to a dask cluster, if there is an address."""
     if address is None:
         yield
         return

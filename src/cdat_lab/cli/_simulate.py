@@ -17,7 +17,7 @@ from cdat_lab.studies import Study
 def simulate(
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="Rule for the rate; repeatable.  [default: those of claim D]"),
+        typer.Option(help="Learning-rate rule; repeatable.  [default: the rules of claim D]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the model.")] = model.STEPS,
     rate: Annotated[

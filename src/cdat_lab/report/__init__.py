@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page that needs nothing else, and its tables as CSV."""
+"""The report of a study: one self-contained HTML page, and its tables as CSV."""
 
 from cdat_lab.report.page import render, write_report
 

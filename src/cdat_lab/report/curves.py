@@ -16,10 +16,10 @@ from cdat_lab.report.styles import Style
 from cdat_lab.runs import Run
 
 POINTS = 300
-"""How many points of a curve are drawn, about."""
+"""Approximate maximum number of points that are drawn of a curve."""
 
 CEILING, FLOOR = 1e30, 1e-30
-"""Where a band ends that has no end on a logarithmic axis."""
+"""Where an unbounded band ends on a logarithmic axis."""
 
 Floats = NDArray[np.float64]
 
@@ -31,9 +31,9 @@ class Band:
     Attributes
     ----------
     x, middle, low, high : ndarray of float64, shape (points,)
-        Not finite where there is nothing to draw.
+        Not finite where nothing is drawn.
     runs : int
-        Of how many runs; a band is drawn for two and more.
+        Number of runs; the band is drawn for two or more.
     """
 
     x: Floats
@@ -47,17 +47,17 @@ STEP = pl.col("step").cast(pl.Float64)
 
 
 def over_seeds(runs: Sequence[Run], column: pl.Expr, against: pl.Expr = STEP) -> Band | None:
-    """Return a column of runs that have the same steps.
+    """Aggregate a column over runs that have the same steps.
 
     Parameters
     ----------
     runs : sequence of Run
         One for each seed.
     column : polars.Expr
-        What to show. Where it is null nothing was measured; NaN counts as infinite.
+        What to show; null values were not measured, and NaN counts as infinity.
     against : polars.Expr
-        What to draw it against: the median over the seeds at the same step, so that time and cost
-        may differ from seed to seed.
+        The horizontal axis: its median over the seeds at the same step, since time and cost may
+        differ between seeds.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def over_seeds(runs: Sequence[Run], column: pl.Expr, against: pl.Expr = STEP) ->
 
 
 def over_columns(x: Floats, values: Floats) -> Band:
-    """Return the columns of an array of shape (points, runs) as `over_seeds` does those of runs."""
+    """Aggregate the columns of an array of shape (points, runs), as `over_seeds` does for runs."""
     kept = thinned(len(values))
     with np.errstate(invalid="ignore", over="ignore"):
         y = np.nan_to_num(values[kept], nan=np.inf, posinf=np.inf, neginf=-np.inf)
@@ -91,9 +91,9 @@ def over_columns(x: Floats, values: Floats) -> Band:
 
 
 def thinned(points: int) -> list[int]:
-    """Return which of so many points to draw; the first and the last are among them.
+    """Return the indices of the points to draw, including the first and the last.
 
-    The stride is odd, since at the edge of stability every other step is alike.
+    The stride is odd: at the edge of stability, values oscillate with period 2.
     """
     stride = -(-points // POINTS)
     stride += 1 - stride % 2
@@ -107,7 +107,7 @@ def traces(band: Band, style: Style, *, group: str, name: str, **axes: Any) -> l
     Parameters
     ----------
     band : Band
-        What to draw on a logarithmic axis.
+        Drawn on a logarithmic axis.
     style : Style
         How the line looks.
     group : str
@@ -151,7 +151,7 @@ def traces(band: Band, style: Style, *, group: str, name: str, **axes: Any) -> l
 
 
 def compact(values: Floats) -> NDArray[np.float32]:
-    """Return the values in half the space; what is too large becomes a gap."""
+    """Return the values as float32; values too large become gaps."""
     with np.errstate(over="ignore"):
         found = values.astype(np.float32)
     return np.where(np.isfinite(found), found, np.float32(np.nan))
@@ -165,19 +165,19 @@ def log_range(
     lowest: float = 0.0,
     highest: float = math.inf,
 ) -> list[float] | None:
-    """Return the range of a logarithmic axis on which all curves are seen.
+    """Return the range of a logarithmic axis that shows all curves.
 
     Parameters
     ----------
     bands : iterable of Band
-        What is drawn.
+        The curves.
     quantiles : (float, float)
-        The parts of each curve that may lie below and above, so that a spike, or the tail of a
-        schedule that falls to 0, does not flatten the others.
+        Quantiles of each curve that must be inside, so that a spike, or the tail of a schedule
+        that falls to 0, does not flatten the other curves.
     include : float, optional
-        A value that is to be inside.
+        A value that must be inside.
     lowest, highest : float
-        Where the range ends at the latest.
+        Bounds of the range.
 
     Returns
     -------
@@ -205,7 +205,7 @@ def _drawable(values: Floats) -> Floats:
 
 
 def _outline(band: Band) -> tuple[Floats, Floats]:
-    """Return the outline of the band: one polygon for each stretch without a gap."""
+    """Return the outline of the band: one polygon for each piece without a gap."""
     low, high = np.clip(band.low, FLOOR, CEILING), np.clip(band.high, FLOOR, CEILING)
     there = np.isfinite(band.low) & (band.high > 0) & np.isfinite(band.x)
     parts_x, parts_y = [], []

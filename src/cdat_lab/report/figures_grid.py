@@ -1,4 +1,4 @@
-"""The figure of a tuning grid: what every rate that was tried came to."""
+"""The figure of a tuning grid: the final loss at every rate that was tried."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def grid(results: Iterable[Result], styles: Mapping[str, Style]) -> go.Figure:
     Parameters
     ----------
     results : iterable of Result
-        Those of a race in which a rate was tuned, one at least; others are left out.
+        Results of a race, at least one with a tuned rate; others are left out.
     styles : mapping of str to Style
         For each contender.
 

@@ -19,10 +19,10 @@ EDGE_OF_MODEL = 2.0
 NAME_OF_EDGE = f"edge of stability, rate {TIMES} sharpness = 2"
 
 EARLY = 120
-"""Of so many steps each is drawn in phase space, since there most of the way is made."""
+"""Number of steps that are all drawn in phase space, since most movement is early."""
 
 LOWEST = 1e-2
-"""Where the axes end; a sharpness that has collapsed to 0 runs along the lower border."""
+"""Lower end of the axes; a sharpness that has collapsed to 0 runs along the border."""
 
 
 def joint_model(
@@ -33,7 +33,7 @@ def joint_model(
     Parameters
     ----------
     simulations : sequence of Simulation
-        One for each rule, one at least.
+        One for each rule, at least one.
     styles : mapping of str to Style
         For each contender.
 
@@ -158,7 +158,7 @@ def _over_steps(
 
 
 def _above(values: Floats, floor: float) -> Floats:
-    """Return the values, those that are 0 or less on the lower border of the panel."""
+    """Return the values clipped from below at the lower border of the panel."""
     return np.maximum(values, 10**floor)
 
 
@@ -178,7 +178,7 @@ def _edge(rates: Sequence[float]) -> go.Scatter:
 
 
 def _arrangements() -> dict[str, Any]:
-    """Return the layouts: on wide screens the phase space is as high as the two others."""
+    """Return the layouts: on wide screens the phase space is as high as two panels."""
     places, wide = layout.boxes(4, 2, 230)
     (left, right, _, top), second, (_, _, bottom, _), fourth = places
     narrow_places, narrow = layout.boxes(3, 1, 250)

@@ -21,23 +21,23 @@ from cdat_lab.report.styles import EDGE, Style
 from cdat_lab.runs import Run
 
 RISE = 30.0
-"""How far above the initial loss the panels reach at most, for the sake of runs that diverged."""
+"""Upper limit of the loss axes relative to the initial loss, for runs that diverged."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows.
+    """The content of a panel.
 
     Attributes
     ----------
     title, axis : str
-        Above the panel and below its horizontal axis.
+        Text above the panel and below its horizontal axis.
     column, against : polars.Expr
-        What is drawn against what.
+        The vertical and the horizontal axis.
     quantiles : (float, float)
-        Parts of each curve that may lie outside.
+        Quantiles of each curve that must be inside the panel.
     curved, product : bool
-        Whether it is about the sharpness; whether the edge of stability belongs here.
+        Whether it shows the sharpness; whether it shows the edge of stability.
     """
 
     title: str
@@ -72,16 +72,16 @@ def race(
     Parameters
     ----------
     findings : Findings
-        What was found.
+        The findings of a study.
     plan : Race
-        Which race.
+        The race to draw.
     styles : mapping of str to Style
         For each contender.
 
     Returns
     -------
     tuple of Figure and dict, or None
-        Panels in which nothing was measured are left out; None if there is no result at all.
+        Panels without measurements are left out; None if there is no result at all.
     """
     base = find_base(plan.base)
     runs = {

@@ -24,24 +24,24 @@ BETTER_OR_WORSE = [
     [0.75, "#EFAE7F"],
     [1, VERMILLION],
 ]
-"""Blue and orange, which colour-blind people can tell apart, and white where nothing changes."""
+"""Blue and orange, which colour-blind people can tell apart, and white for no change."""
 
 
 def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
-    """Return log10 of the final loss over that of the tuned constant, for each batch and sigma.
+    """Return log10 of the final loss relative to the tuned constant, by batch size and sigma.
 
     Parameters
     ----------
     findings : Findings
-        What was found.
+        The findings of a study.
     plan : Sweep
-        Which sweep.
+        The sweep to draw.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        The number is written into each cell; the best sigma of a batch has a frame; cells of runs
-        that diverged have a cross, those without runs a dash.
+        Each cell contains its number; the best sigma of a batch size has a frame; a cross marks
+        runs that diverged, a dash missing ones.
     """
     frame = table.sweep(findings, plan)
     limit = _limit(frame)
@@ -122,7 +122,7 @@ def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
 
 
 def cell(row: Mapping[str, Any], seeds: int) -> str:
-    """Return what is written into a cell of the heat map."""
+    """Return the text of a cell of the heat map."""
     if row["diverged"]:
         return f"{CROSS} {row['diverged']}/{row['seeds']}" if seeds > 1 else CROSS
     if row["log_ratio"] is None:
@@ -132,7 +132,7 @@ def cell(row: Mapping[str, Any], seeds: int) -> str:
 
 
 def _limit(frame: pl.DataFrame) -> float:
-    """Return the end of the scale: the largest number, within bounds."""
+    """Return the end of the colour scale: the largest number, within bounds."""
     largest = frame["log_ratio"].abs().max()
     return min(max(float(largest or 0.0), 0.1), 2.0)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Layouts of figures: panels in columns, axes, and the look that all share."""
+"""Layouts of figures: panels in columns, axes, and the common look."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ TITLE, TICKS = 34, 62
 """Pixels above a panel for its title, and below it for the labels of its axis."""
 
 Box = tuple[float, float, float, float]
-"""Left, right, bottom and top of a panel, as parts of the figure."""
+"""Left, right, bottom and top of a panel, as fractions of the figure."""
 
 
 def boxes(
     count: int, columns: int, panel: int, gap: float = 0.075
 ) -> tuple[list[Box], dict[str, Any]]:
-    """Return where panels go, row by row, and the height and margins that this needs.
+    """Return the boxes of the panels, row by row, and the height and margins they need.
 
     Parameters
     ----------
     count, columns : int
-        How many panels, in how many columns.
+        Number of panels and of columns.
     panel : int
         Height of a panel in pixels.
     gap : float
-        Space between columns, as a part of the width.
+        Space between columns, as a fraction of the width.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def boxes(
 
 
 def placed(places: Sequence[Box]) -> dict[str, Any]:
-    """Return the layout that puts the axes of each panel into its box."""
+    """Return the layout that places the axes of each panel in its box."""
     layout: dict[str, Any] = {}
     for index, (left, right, bottom, top) in enumerate(places):
         layout[f"xaxis{suffix(index)}"] = {"domain": [left, right]}
@@ -55,7 +55,7 @@ def placed(places: Sequence[Box]) -> dict[str, Any]:
 
 
 def arrangements(count: int) -> dict[str, dict[str, Any]]:
-    """Return the layouts of so many panels in two columns and, for narrow screens, in one."""
+    """Return the layouts of `count` panels in two columns and, for narrow screens, in one."""
     found = {}
     for name, columns, panel in (("wide", 2, 260), ("narrow", 1, 230)):
         places, layout = boxes(count, columns, panel)
@@ -64,12 +64,12 @@ def arrangements(count: int) -> dict[str, dict[str, Any]]:
 
 
 def suffix(index: int) -> str:
-    """Return what Plotly puts behind the name of an axis of panel `index`."""
+    """Return the suffix of Plotly's axis names in panel `index`."""
     return str(index + 1) if index else ""
 
 
 def axes(index: int) -> dict[str, str]:
-    """Return on which axes a trace in panel `index` is drawn."""
+    """Return the axes of a trace in panel `index`."""
     return {"xaxis": f"x{suffix(index)}", "yaxis": f"y{suffix(index)}"}
 
 
@@ -105,7 +105,7 @@ def axis(title: str | None = None, **settings: Any) -> dict[str, Any]:
 def log_axis(
     range_: Sequence[float] | None = None, title: str | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """Return a logarithmic axis with labels as close as its range allows."""
+    """Return a logarithmic axis with as many labels as its range allows."""
     found = axis(title, type="log", tickformat="~g", exponentformat="power", **settings)
     if range_ is None:
         return found

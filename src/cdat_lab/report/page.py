@@ -1,4 +1,4 @@
-"""The page, and the files beside it."""
+"""The HTML page and the CSV files next to it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from cdat_lab.report.styles import Style, styles
 
 
 def write_report(findings: Findings, folder: Path) -> Path:
-    """Write ``report.html``, ``verdicts.csv`` and ``table.csv``, each whole or not at all.
+    """Write ``report.html``, ``verdicts.csv`` and ``table.csv``, each atomically.
 
     Parameters
     ----------
     findings : Findings
-        What was found; results may be missing.
+        The findings of a study; results may be missing.
     folder : Path
-        Where the files go; it is made.
+        Where the files are written; it is created.
 
     Returns
     -------
     Path
-        The page. The tables are the same, to the byte, for the same results.
+        The page. For the same results, the files are byte-identical.
     """
     storage.write_text(folder / "table.csv", table.to_csv(table.rows(findings)))
     storage.write_text(folder / "verdicts.csv", table.to_csv(verdicts(findings)))
@@ -41,7 +41,7 @@ def write_report(findings: Findings, folder: Path) -> Path:
 
 
 def render(findings: Findings) -> str:
-    """Return the page; scripts, styles and data are all inside."""
+    """Return the page, with scripts, styles and data inside."""
     looks = _styles(findings)
     found = [
         sections.verdicts(findings),

@@ -18,7 +18,7 @@ def render_template(name: str, **content: Any) -> Markup:
     name : str
         File name without ``.html.j2``.
     **content
-        Every variable that the template uses; a missing one is an error.
+        Every variable that the template uses; a missing variable is an error.
 
     Returns
     -------

@@ -91,7 +91,7 @@ def _race_chart(
 
 
 def title(race: Race, *, several_backends: bool = False) -> str:
-    """Return what tells a race from the others of a study."""
+    """Return a title that distinguishes a race from the others of its study."""
     found = f"{race.task}, {find_base(race.base).label}"
     if race.batch_size is not None:
         found += f", {table.batch(race.batch_size)}"
@@ -125,7 +125,7 @@ def _sweep(findings: Findings, plan: Sweep, name: str) -> Section:
     chart = Chart(
         f"{name}-{plan.task}-{plan.base}",
         figures_sweep.heat_map(findings, plan),
-        f"{link}: heat map of the final loss over that of the tuned constant rate",
+        f"{link}: heat map of the final loss relative to the tuned constant rate",
     )
     frame = table.sweep(findings, plan)
     body = render_template(
@@ -144,7 +144,7 @@ def _cell(row: Mapping[str, Any], seeds: int) -> dict[str, Any]:
     ratio = None if row["log_ratio"] is None else 10 ** row["log_ratio"]
     notes = ["best of its batch size"] if row["best"] else []
     notes += [f"diverged in {row['diverged']} of {row['seeds']}"] if row["diverged"] else []
-    notes += [] if row["seeds"] == seeds else [f"{row['seeds']} of {seeds} there"]
+    notes += [] if row["seeds"] == seeds else [f"{seeds - row['seeds']} of {seeds} missing"]
     return {
         "best": row["best"],
         "numbers": [

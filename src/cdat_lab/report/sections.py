@@ -23,7 +23,7 @@ class Section(NamedTuple):
     name: str
     link: str
     body: Markup
-    title: str = ""  # the text of the link unless given
+    title: str = ""  # by default the text of the link
 
 
 def header(findings: Findings, sections: Sequence[Section]) -> Markup:
@@ -43,8 +43,8 @@ def _done(findings: Findings) -> str:
     if study.races:
         races = f"{len(study.races)} race" + ("s" if len(study.races) > 1 else "")
         names = {name for race in study.races for name in race.contenders}
-        rules = f"{len(names)} rules" if len(names) > 1 else "one rule"
-        parts.append(f"{races} between {rules} for the learning rate")
+        rules = f"{len(names)} learning-rate rules" if len(names) > 1 else "one learning-rate rule"
+        parts.append(f"{races} with {rules}")
     if study.sweeps:
         count = len(study.sweeps)
         parts.append(
@@ -56,13 +56,13 @@ def _done(findings: Findings) -> str:
     text = text[0].upper() + text[1:]
     tuned = any(r.grid is not None for r in findings.results.values())
     if tuned:
-        text += " Rates of the baselines were tuned on a grid for each seed; the other rules have "
-        text += "one setting and one run."
+        text += " The rates of the baselines were tuned on a grid, separately for each seed; the "
+        text += "other rules have one setting and one run for each seed."
     return text
 
 
 def _doubts(findings: Findings) -> list[str]:
-    """Return what a reader should know before the numbers: what is not alike."""
+    """Return notices about results that may not be comparable."""
     made = Counter(backend for backend, _, _ in identities(findings))
     if all(count == 1 for count in made.values()):
         return []
@@ -70,7 +70,7 @@ def _doubts(findings: Findings) -> list[str]:
 
 
 def _versions(findings: Findings) -> str:
-    """Return what the numbers were made with, or what the page was, if nothing was trained."""
+    """Return the versions behind the numbers, or behind the page if nothing was trained."""
     found = identities(findings)
     if not found:
         return f"Made with cdat {provenance.version('cdat')}, numpy {provenance.version('numpy')}."
@@ -167,9 +167,9 @@ def describe_base(base: Base) -> str:
     if base.second_moment is not None:
         settings += [f"second moment {base.second_moment:g}, eps {base.eps:g}"]
     if not base.builtin:
-        settings = ["an optimizer of its own"]
-    edge = "not known" if base.edge is None else f"{base.edge:.4g}"
-    return f"{base.label}: {', '.join(settings) or 'no setting'}; edge of stability {edge}"
+        settings = ["custom optimizer"]
+    edge = "unknown" if base.edge is None else f"{base.edge:.4g}"
+    return f"{base.label}: {', '.join(settings) or 'no settings'}; edge of stability {edge}"
 
 
 def describe_contender(contender: Contender) -> str:
@@ -180,5 +180,5 @@ def describe_contender(contender: Contender) -> str:
     if contender.curvature != "auto":
         settings.append(f"curvature {contender.curvature.replace('_', '-')}")
     if contender.optimizer is not None:
-        settings.append("an optimizer of its own")
-    return f"{contender.label} ({contender.name}): {', '.join(settings) or 'no setting'}"
+        settings.append("custom optimizer")
+    return f"{contender.label} ({contender.name}): {', '.join(settings) or 'no settings'}"

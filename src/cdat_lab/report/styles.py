@@ -1,4 +1,4 @@
-"""How the curves of contenders look: apart in colour, and in grey print by dash and width."""
+"""Styles of the contenders' curves: distinct by colour, and in grey by dash and width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
-"""Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow."""
+"""The Okabe-Ito palette, which colour-blind people can tell apart, without its yellow."""
 
 SOLID, DOTS, DASHES, LONG, MIXED = "solid", "2px,3px", "6px,3px", "13px,3px", "9px,3px,2px,3px"
 
@@ -22,7 +22,7 @@ class Style:
     width: float
 
     def shade(self, opacity: float) -> str:
-        """Return the colour, seen through."""
+        """Return the colour with an opacity."""
         red, green, blue = (int(self.color[at : at + 2], 16) for at in (1, 3, 5))
         return f"rgba({red},{green},{blue},{opacity:g})"
 
@@ -51,7 +51,7 @@ BUILT_IN = {
     "prodigy": Style(BLACK, DOTS, 2.0),
     "schedule-free": Style(BLACK, MIXED, 1.6),
 }
-"""The same in every report."""
+"""Styles that are the same in every report."""
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
@@ -65,8 +65,8 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     Returns
     -------
     dict of str to Style
-        Contenders of the package have their own; others take the styles that are left, in their
-        order, and begin anew when none is.
+        Built-in contenders have fixed styles; others take the remaining styles in order, starting
+        over when none is left.
     """
     names = list(dict.fromkeys(names))
     known = {name: BUILT_IN[name] for name in names if name in BUILT_IN}

@@ -1,4 +1,4 @@
-"""English text, the next character predicted by a small causal transformer."""
+"""Prediction of the next character of English text by a small causal transformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 ALPHABET = " ',.abcdefghijklmnopqrstuvwxyz"
 LENGTH_OF_TEXT = 16384
 SAMPLES, CONTEXT = 32, 16
-PREFIX = 4  # characters that are only read: what follows fewer can be anything
+PREFIX = 4  # leading characters that only give context: after fewer, anything can follow
 WIDTH, HEADS, LAYERS = 32, 2, 1
 ARRAYS_PER_LAYER = 10
 
@@ -29,22 +29,23 @@ ARRAYS_PER_LAYER = 10
 def characters(seed: int) -> Task:
     """Return the task of predicting the next character of English text.
 
-    The text is that of the language reference which CPython keeps for its ``help``, the module
-    ``pydoc_data.topics``: the topics in alphabetical order, in lower case, everything but letters,
-    apostrophes, commas and full stops as a space, the first 16384 characters of that. It may differ
-    from one version of Python to the next.
+    The text is the language reference that CPython ships for its ``help``, the module
+    ``pydoc_data.topics``: the topics in alphabetical order, in lower case, with everything except
+    letters, apostrophes, commas and full stops replaced by a space, cut to the first 16384
+    characters. It may differ between versions of Python.
 
     Parameters
     ----------
     seed : int
-        Seed of the choice of 32 windows of 16 characters and of the weights, >= 0.
+        Seed of the 32 windows of 16 characters and of the weights, >= 0.
 
     Returns
     -------
     Task
-        Inputs and targets are one-hot, shape (samples, characters, alphabet): an embedding is then
-        a product, under every framework. The first four characters of a window are only read, so
-        that hardly any two places with different targets look alike and the loss can be near 0.
+        Inputs and targets are one-hot, shape (samples, characters, alphabet), so that an embedding
+        is a matrix product under every framework. The first four characters of a window have no
+        targets: with their context, few positions with different targets look alike, and the loss
+        can get close to 0.
     """
     generator = np.random.default_rng(seed)
     codes = np.array([ALPHABET.index(character) for character in _text()])
@@ -67,28 +68,28 @@ def characters(seed: int) -> Task:
 
 
 def transformer(xp: Namespace, params: Sequence[Array], inputs: Array) -> Array:
-    """Return the outputs of a causal transformer with normalisation before its blocks.
+    """Return the outputs of a pre-norm causal transformer.
 
     Parameters
     ----------
     xp : namespace
-        That of the arrays.
+        The namespace of the arrays.
     params : sequence of Array
-        Embedding of characters and of places; for each layer the gain and shift of the attention's
+        Embeddings of characters and positions; for each layer gain and shift of the attention's
         normalisation, its two weights, gain and shift of the second normalisation, weights and
         biases of a network with one hidden layer; then gain and shift of the last normalisation and
-        the weights of the outputs.
-    inputs : Array, shape (samples, places, alphabet)
+        the output weights.
+    inputs : Array, shape (samples, positions, alphabet)
         One-hot.
 
     Returns
     -------
-    Array, shape (samples, places - 4, alphabet)
-        Logits for the character that follows each place but the first four.
+    Array, shape (samples, positions - 4, alphabet)
+        Logits for the character after each position except the first four.
     """
     times = functools.partial(last_axis_product, xp)
-    embedding, places, *layers, gain, shift, readout = params
-    hidden = times(inputs, embedding) + places
+    embedding, positions, *layers, gain, shift, readout = params
+    hidden = times(inputs, embedding) + positions
     for index in range(0, len(layers), ARRAYS_PER_LAYER):
         gain_1, shift_1, queries_keys_values, mixing, gain_2, shift_2, *mlp = layers[
             index : index + ARRAYS_PER_LAYER
@@ -109,29 +110,29 @@ def layer_norm(xp: Namespace, x: Array, gain: Array, shift: Array) -> Array:
 
 
 def causal_attention(xp: Namespace, queries_keys_values: Array) -> Array:
-    """Return what each place gathers from itself and those before it, head beside head.
+    """Return causal multi-head attention, the heads concatenated.
 
     Parameters
     ----------
     xp : namespace
-        That of the arrays.
-    queries_keys_values : Array, shape (samples, places, 3 * width)
-        The heads' queries, then their keys, then their values.
+        The namespace of the arrays.
+    queries_keys_values : Array, shape (samples, positions, 3 * width)
+        The queries of all heads, then the keys, then the values.
 
     Returns
     -------
-    Array, shape (samples, places, width)
+    Array, shape (samples, positions, width)
     """
-    samples, places, triple = queries_keys_values.shape
+    samples, positions, triple = queries_keys_values.shape
     width = triple // 3
-    heads = xp.reshape(queries_keys_values, (samples, places, 3, HEADS, width // HEADS))
+    heads = xp.reshape(queries_keys_values, (samples, positions, 3, HEADS, width // HEADS))
     heads = xp.permute_dims(heads, (2, 0, 3, 1, 4))
     queries, keys, values = heads[0, ...], heads[1, ...], heads[2, ...]
     scores = queries @ xp.permute_dims(keys, (0, 1, 3, 2)) / math.sqrt(width // HEADS)
     seen = xp.tril(xp.ones_like(scores))
     weights = xp.exp(log_softmax(xp, scores - 1e9 * (1 - seen)))
     gathered = xp.permute_dims(weights @ values, (0, 2, 1, 3))
-    return xp.reshape(gathered, (samples, places, width))
+    return xp.reshape(gathered, (samples, positions, width))
 
 
 def _text() -> str:

@@ -18,18 +18,18 @@ def deep_linear(seed: int) -> Task:
     """Return the task of fitting a linear map by a deep linear network.
 
     The model is linear in the inputs and of degree 4 in the weights, so the curvature changes
-    although nothing else does.
+    during training.
 
     Parameters
     ----------
     seed : int
-        Seed of inputs, map and weights, >= 0.
+        Seed of the inputs, the map and the weights, >= 0.
 
     Returns
     -------
     Task
-        32 Gaussian inputs, the deviation of the k-th is ``k**-1.5``; the 8 targets are a random
-        linear map of them, so the infimum of the loss is 0.
+        32 Gaussian inputs, the k-th with standard deviation ``k**-1.5``; 8 targets, a random linear
+        map of the inputs, so the infimum of the loss is 0.
     """
     generator = np.random.default_rng(seed)
     inputs = generator.standard_normal((SAMPLES, INPUTS)) * np.arange(1, INPUTS + 1) ** -1.5

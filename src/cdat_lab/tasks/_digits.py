@@ -24,12 +24,13 @@ def digits(seed: int) -> Task:
     Parameters
     ----------
     seed : int
-        Seed of the choice of samples and of the weights, >= 0.
+        Seed of the samples and of the weights, >= 0.
 
     Returns
     -------
     Task
-        64 inputs (pixels / 16, centred, over the mean deviation of a pixel), 10 one-hot targets.
+        64 inputs (pixels / 16, centred, divided by the mean standard deviation of the pixels), 10
+        one-hot targets.
     """
     return _squared_digits("digits", 512, seed)
 
@@ -42,8 +43,8 @@ def digits_1536(seed: int) -> Task:
 def digits_cross_entropy(seed: int) -> Task:
     """Return the task of classifying the samples of `digits` by a smoothed cross-entropy.
 
-    A tenth of each target is spread over all classes. The entropy of the targets is taken off the
-    loss, so that its infimum is 0.
+    A tenth of each target is spread over all classes. The entropy of the targets is subtracted
+    from the loss, so that its infimum is 0.
     """
     generator = np.random.default_rng(seed)
     inputs, one_hot = _images(512, generator)

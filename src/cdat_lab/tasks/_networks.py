@@ -17,9 +17,9 @@ def tanh_mlp(xp: Namespace, params: Sequence[Array], inputs: Array) -> Array:
     Parameters
     ----------
     xp : namespace
-        That of the arrays.
+        The namespace of the arrays.
     params : sequence of Array
-        Weights and biases in turn: shapes (fan_in, fan_out), (fan_out,), ...
+        Weights and biases, alternating: shapes (fan_in, fan_out), (fan_out,), ...
     inputs : Array, shape (samples, fan_in of the first layer)
         The inputs.
 
@@ -48,7 +48,7 @@ def _mlp(activation: Callable[[Array], Array], params: Sequence[Array], inputs: 
 
 
 def linear_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Array:
-    """Return the inputs times every weight matrix in turn."""
+    """Return the inputs multiplied by each weight matrix in turn."""
     del xp
     hidden = inputs
     for weights in params:
@@ -57,12 +57,12 @@ def linear_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Arr
 
 
 def last_axis_product(xp: Namespace, x: Array, weights: Array) -> Array:
-    """Return ``x @ weights`` as one product of matrices; NumPy would make one for each row of x.
+    """Return ``x @ weights`` as one matrix product; NumPy would compute one for each row of x.
 
     Parameters
     ----------
     xp : namespace
-        That of the arrays.
+        The namespace of the arrays.
     x : Array, shape (..., fan_in)
     weights : Array, shape (fan_in, fan_out)
 
@@ -86,7 +86,7 @@ def log_softmax(xp: Namespace, x: Array) -> Array:
 
 
 def squared_loss(xp: Namespace, outputs: Array, targets: Array) -> Array:
-    """Return half the squared distance of the outputs to the targets, averaged over the rows."""
+    """Return half the squared distance between outputs and targets, averaged over the rows."""
     residual = outputs - targets
     return 0.5 * xp.sum(residual * residual) / outputs.shape[0]
 
@@ -97,7 +97,7 @@ def cross_entropy(xp: Namespace, outputs: Array, targets: Array) -> Array:
 
 
 def relative_entropy(xp: Namespace, outputs: Array, targets: Array) -> Array:
-    """Return the cross-entropy less that of perfect outputs, whose softmax are the targets.
+    """Return the cross-entropy minus its minimum, reached when the softmax equals the targets.
 
     This is the Kullback-Leibler divergence from the targets, which must be positive; its infimum
     is 0.
@@ -108,7 +108,7 @@ def relative_entropy(xp: Namespace, outputs: Array, targets: Array) -> Array:
 def normal(
     generator: np.random.Generator, shape: tuple[int, ...], scale: float | None = None
 ) -> Float64:
-    """Draw weights from N(0, scale**2), by default from N(0, 1/fan_in) with the first axis."""
+    """Draw weights from N(0, scale**2), by default N(0, 1/fan_in), fan_in the first axis."""
     deviation = 1 / math.sqrt(shape[0]) if scale is None else scale
     return deviation * generator.standard_normal(shape)
 

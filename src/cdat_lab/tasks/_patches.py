@@ -1,4 +1,4 @@
-"""Pieces of two photographs, placed by a small convolutional network."""
+"""Classification of pieces of two photographs by a small convolutional network."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from cdat_lab.tasks._networks import gelu, last_axis_product, normal, squared_lo
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
 SAMPLES, SIDE = 256, 16
-FIRST, SECOND = 4, 2  # sides of the squares that become one
+FIRST, SECOND = 4, 2  # sides of the squares that each layer merges into one pixel
 CHANNELS = (3, 16, 32)
 QUADRANTS = 4
 CLASSES = 2 * QUADRANTS
 
 
 def patches(seed: int) -> Task:
-    """Return the task of telling from which quarter of which photograph a small piece comes.
+    """Return the task of classifying which quarter of which photograph a piece comes from.
 
     The photographs are the two that come with scikit-learn, a temple and a flower.
 
     Parameters
     ----------
     seed : int
-        Seed of the places of the 256 pieces and of the weights, >= 0.
+        Seed of the positions of the 256 pieces and of the weights, >= 0.
 
     Returns
     -------
     Task
-        Inputs of shape (256, 16, 16, 3), all pixels together with mean 0 and mean square 1; 8
-        one-hot targets, each as often as the others.
+        Inputs of shape (256, 16, 16, 3), standardised over all pixels together; 8 one-hot targets,
+        equally frequent.
     """
     from sklearn.datasets import load_sample_images
 
@@ -60,10 +60,10 @@ def patch_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Arra
     Parameters
     ----------
     xp : namespace
-        That of the arrays.
+        The namespace of the arrays.
     params : sequence of Array
-        Weights and biases of the three layers; those of the convolutions map a square of pixels
-        with all their channels, row by row, to the channels of one.
+        Weights and biases of the three layers; a convolution maps a square of pixels, flattened row
+        by row with all channels, to the channels of one pixel.
     inputs : Array, shape (samples, height, width, channels)
         The images.
 
@@ -79,7 +79,7 @@ def patch_network(xp: Namespace, params: Sequence[Array], inputs: Array) -> Arra
 
 
 def _squares(xp: Namespace, images: Array, side: int) -> Array:
-    """Return images in which each square of pixels has become one, with all their channels."""
+    """Return images in which each square of pixels is one pixel with all their channels."""
     samples, height, width, channels = images.shape
     rows, columns = height // side, width // side
     squares = xp.reshape(images, (samples, rows, side, columns, side, channels))
@@ -99,8 +99,8 @@ def _piece(photographs: Sequence[Array], label: int, generator: np.random.Genera
 
 def _params(generator: np.random.Generator) -> tuple[Float64, ...]:
     colours, few, many = CHANNELS
-    places = (SIDE // FIRST // SECOND) ** 2
-    shapes = [(FIRST**2 * colours, few), (SECOND**2 * few, many), (places * many, CLASSES)]
+    pixels = (SIDE // FIRST // SECOND) ** 2
+    shapes = [(FIRST**2 * colours, few), (SECOND**2 * few, many), (pixels * many, CLASSES)]
     params: list[Float64] = []
     for shape in shapes:
         params += [normal(generator, shape), np.zeros(shape[1])]

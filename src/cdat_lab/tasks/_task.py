@@ -1,4 +1,4 @@
-"""What a task is: data, initial weights, and a loss written once on the array API."""
+"""A task: data, initial weights, and a loss written once on the array API."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise a ValueError that says `what` is wrong, unless it can be part of a file name."""
+    """Raise a ValueError about `what` unless the name can be part of a file name."""
     if not NAME.fullmatch(name):
         msg = (
-            f"{what} must start with a lower-case letter or a digit and go on with these or "
-            f"'.', '_', '-', 64 characters at most, got {name!r}"
+            f"{what} must start with a lower-case letter or a digit, followed by these or "
+            f"'.', '_', '-', at most 64 characters in all, got {name!r}"
         )
         raise ValueError(msg)
 
@@ -42,20 +42,20 @@ class Task:
     Attributes
     ----------
     name : str
-        How the command line and the files call it: lower-case letters, digits and ``. _ -``.
+        Name on the command line and in files: lower-case letters, digits and ``. _ -``.
     description : str
         One phrase for the report.
     inputs, targets : ndarray of float64, shape (samples, ...)
-        The data. A mini-batch is a choice of rows.
+        The data. A mini-batch is a subset of the rows.
     params : tuple of ndarray of float64
         The initial weights.
     model : callable
-        ``model(xp, params, inputs) -> outputs``; pure, with the functions of the array-API
-        namespace `xp` and operators only. Rows of the outputs belong to rows of the inputs.
+        ``model(xp, params, inputs) -> outputs``; pure, using only operators and the functions of
+        the array-API namespace `xp`. Each row of the outputs depends on its row of the inputs only.
     criterion : callable
         ``criterion(xp, outputs, targets) -> 0-d array``, a mean over the rows.
     steps : mapping of str to int
-        Length of a run for each base optimizer, by its name; others take `DEFAULT_STEPS`.
+        Length of a run by name of the base optimizer; others use `DEFAULT_STEPS`.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Task:
         return self.criterion(xp, self.model(xp, params, inputs), targets)
 
     def check_batch_size(self, batch_size: int | None) -> None:
-        """Raise a ValueError unless there are as many rows as a mini-batch has."""
+        """Raise a ValueError unless the data have enough rows for a mini-batch."""
         if batch_size is not None and not 1 <= batch_size <= len(self.inputs):
             msg = (
                 f"batch_size must be at least 1 and at most {len(self.inputs)}, the rows of "
@@ -93,5 +93,5 @@ class Task:
             raise ValueError(msg)
 
     def budget(self, base: str) -> int:
-        """Return how many steps a run with this base optimizer takes."""
+        """Return the number of steps of a run with this base optimizer."""
         return self.steps.get(base, DEFAULT_STEPS)

@@ -1,4 +1,4 @@
-"""Labels of a random network, some of them wrong, learnt by a deeper one that starts small."""
+"""Noisy labels of a random network, learnt by a deeper one with small initial weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ WRONG = 0.1
 
 
 def teacher_student(seed: int) -> Task:
-    """Return the task of learning the noisy labels of a random network: the sharpness grows a lot.
+    """Return the task of learning the noisy labels of a random network: strong sharpening.
 
-    Inputs with a decaying spectrum, small initial weights and labels that can only be learnt by
-    heart make training sharpen progressively: under a small constant rate the sharpness grows more
-    than ten-fold.
+    Inputs with a decaying spectrum, small initial weights and labels that can only be memorised
+    cause progressive sharpening: under a small constant rate the sharpness grows more than
+    ten-fold.
 
     Parameters
     ----------
     seed : int
-        Seed of inputs, teacher, wrong labels and weights, >= 0.
+        Seed of the inputs, the teacher, the wrong labels and the weights, >= 0.
 
     Returns
     -------
     Task
-        64 Gaussian inputs, the deviation of the k-th in proportion to ``k**-0.75`` and their mean
-        square 1; the targets are one-hot, a tenth of them replaced at random.
+        64 Gaussian inputs, the standard deviation of the k-th proportional to ``k**-0.75`` and
+        their mean square 1; one-hot targets, a tenth of them replaced at random.
     """
     generator = np.random.default_rng(seed)
     scales = np.arange(1, INPUTS + 1) ** -0.75

@@ -1,13 +1,13 @@
-// Draws every figure, in one column where the screen is narrow; the legends and the downloads.
+// Draws every figure (in one column on narrow screens) and connects legends and downloads.
 const narrow = window.matchMedia("(max-width: 760px)");
 const config = { responsive: true, displaylogo: false, displayModeBar: false };
 
-// Lay the settings of `extra` over those of `base`, at any depth.
-function laidOver(base, extra) {
+// Merge the settings of `extra` into `base`, recursively.
+function merged(base, extra) {
   const found = { ...base };
   for (const [name, value] of Object.entries(extra ?? {})) {
     const nested = value !== null && typeof value === "object" && !Array.isArray(value);
-    found[name] = nested ? laidOver(base[name] ?? {}, value) : value;
+    found[name] = nested ? merged(base[name] ?? {}, value) : value;
   }
   return found;
 }
@@ -19,7 +19,7 @@ async function draw(chart) {
   const arranged = () => {
     const chosen = arrangements?.[narrow.matches ? "narrow" : "wide"];
     const dragmode = narrow.matches ? false : "zoom"; // a phone scrolls by dragging
-    return laidOver({ ...layout, dragmode }, chosen);
+    return merged({ ...layout, dragmode }, chosen);
   };
   await Plotly.newPlot(holder, data, arranged(), config);
   narrow.addEventListener("change", () => Plotly.react(holder, holder.data, arranged(), config));
@@ -57,9 +57,9 @@ function connectLegend(chart, holder) {
   }
 }
 
-// The downloaded image has a legend of its own, above the panels.
+// The downloaded image has its own legend, above the panels.
 function download(chart, holder, format) {
-  const layout = laidOver(holder.layout, {});
+  const layout = merged(holder.layout, {});
   const { width, height } = holder.getBoundingClientRect();
   const names = holder.data.filter((t) => t.showlegend !== false && t.visible !== false);
   let extra = 0;
@@ -80,6 +80,6 @@ function download(chart, holder, format) {
 
 for (const chart of document.querySelectorAll(".chart")) {
   await draw(chart);
-  await new Promise((resolve) => setTimeout(resolve)); // so that the page answers meanwhile
+  await new Promise((resolve) => setTimeout(resolve)); // keeps the page responsive
 }
 document.documentElement.dataset.drawn = "true";
