@@ -115,7 +115,7 @@ def test_the_best_sigma_must_rise_with_the_batch(best: tuple[float, ...], outcom
 
 
 def test_the_joint_model_is_that_of_the_core() -> None:
-    """The sharpness at T/2 and T of a first study, for the constant rate and sigma 1.9."""
+    """The sharpness at T/2 and T of a pilot study, for the constant rate and sigma 1.9."""
     found = {s.contender.name: s for s in model.simulate(("constant", "cdat-1.9"))}
     ends = [found[name].sharpness[[2500, 5000], 0] for name in ("constant", "cdat-1.9")]
     np.testing.assert_allclose(ends, [[3.24, 4.00], [0.80, 1.99]], atol=5e-3)
