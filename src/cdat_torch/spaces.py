@@ -23,8 +23,8 @@ class TensorListSpace:
 
     Inner products accumulate in float32 or wider within a tensor and in float64 over the tensors
     (float32 on devices without it). They live on the device of the first tensor; nothing is
-    flattened and nothing waits for the device. Those of DTensors are of the whole tensors: all
-    processes of their mesh take part.
+    flattened and nothing waits for the device. The inner product of DTensors is that of the full
+    tensors, so all processes of their mesh must call it.
     """
 
     def vdot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
@@ -60,10 +60,10 @@ class TensorListSpace:
 
 
 def _widened(t: Tensor) -> Tensor:
-    """Return half-precision tensors as float32: their products need more digits than they have."""
+    """Return half-precision tensors as float32, which their products need."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _factor(a: Any, like: Tensor) -> Any:
-    """Move a 0-d factor to the device of `like`; being 0-d, it does not change the dtype."""
+    """Move a 0-d factor to the device of `like`; a 0-d tensor does not change the dtype."""
     return a.to(like.device) if isinstance(a, Tensor) else a

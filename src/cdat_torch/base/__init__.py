@@ -1,1 +1,1 @@
-"""The wrapped optimizer: its groups, its state, and the direction that it proposes."""
+"""The wrapped optimizer: its groups, its state, and the step that it proposes."""

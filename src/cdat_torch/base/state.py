@@ -1,4 +1,4 @@
-"""The state of a base optimizer, kept as it was."""
+"""Copies of the state of a base optimizer, to restore it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdat_torch.distributed.dtensor import local
 
 
 class SavedState:
-    """A copy of ``base.state``, of some parameters or as a whole."""
+    """A copy of ``base.state``, for some parameters or all."""
 
     def __init__(self, base: Optimizer, params: Sequence[Tensor] | None = None) -> None:
         self._base = base
@@ -25,7 +25,7 @@ class SavedState:
         return [p for p in self._base.state if self._params is None or p in self._params]
 
     def restore(self) -> None:
-        """Put everything back, bit for bit; tensors keep their identity."""
+        """Restore everything bit for bit; tensors keep their identity."""
         for p in self._present():
             if p not in self._saved:
                 del self._base.state[p]
@@ -40,7 +40,7 @@ class SavedState:
                     state[name] = value
 
     def restore_where(self, skip: Tensor) -> None:
-        """Put everything back where `skip` holds, without waiting for a device if possible."""
+        """Restore everything where `skip` holds, without waiting for a device if possible."""
         new = set(self._present()) != set(self._saved)
         if skip.device.type == "cpu" or new:
             if bool(skip):
@@ -55,7 +55,7 @@ class SavedState:
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of what the base keeps of one parameter."""
+    """Return a copy of the state of one parameter."""
     return {
         name: value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
         for name, value in state.items()

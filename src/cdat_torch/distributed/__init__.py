@@ -1,1 +1,1 @@
-"""Several processes that share one step: replicas, sharded and tensor-parallel parameters."""
+"""Several processes that take one step: replicas, sharded and tensor parallel parameters."""

@@ -1,8 +1,8 @@
-"""Parameters that are spread over processes as DTensors.
+"""Parameters that are distributed over processes as DTensors.
 
-Tensor parallel models compute with them, and PyTorch differentiates through that. Modules under
-``fully_shard`` gather theirs while they run: `cdat_torch.distributed.fsdp`. Either way optimizer
-states, directions and gradients in ``p.grad`` are DTensors laid out like the parameter.
+Tensor parallel models compute with DTensors, and PyTorch differentiates through that. Modules under
+``fully_shard`` unshard theirs while they run; see `cdat_torch.distributed.fsdp`. In both cases
+optimizer states, directions and gradients in ``p.grad`` have the placements of the parameter.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Return whether this is a DTensor; by name, because importing the class takes its time."""
+    """Return whether this is a DTensor; by name, because importing the class is slow."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies in this process; changes in place reach the whole."""
+    """Return this process's part of a tensor; writing to it changes the tensor."""
     if not is_dtensor(tensor):
         return tensor
     part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
@@ -28,12 +28,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the parts of tensors that lie in this process."""
+    """Return this process's parts of tensors."""
     return [local(t) for t in tensors]
 
 
 def match_placements(tensor: Any, like: Any) -> Tensor:
-    """Return a DTensor in the placements of another one, differentiably; others as they are."""
+    """Return a DTensor with the placements of another, differentiably; plain tensors unchanged."""
     if is_dtensor(tensor) and tensor.placements != like.placements:
         tensor = tensor.redistribute(placements=like.placements)
     result: Tensor = tensor
@@ -41,7 +41,7 @@ def match_placements(tensor: Any, like: Any) -> Tensor:
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
-    """Return a tensor that each process holds as a whole, laid out like another one."""
+    """Return a tensor that each process holds in full, with the placements of another one."""
     if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
@@ -53,7 +53,7 @@ def shard_like(whole: Tensor, like: Any) -> Tensor:
 
 
 def from_local_like(part: Tensor, like: Any) -> Tensor:
-    """Return a tensor laid out like another one, whose part in this process is `part`."""
+    """Return a tensor with the placements of another one; `part` is this process's part of it."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -69,7 +69,7 @@ def from_local_like(part: Tensor, like: Any) -> Tensor:
 
 
 def resolve_partial(tensor: Any) -> Tensor:
-    """Return a DTensor whose parts still have to be summed as that sum; others as they are."""
+    """Return a DTensor with its partial placements summed; other tensors unchanged."""
     if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements):
         from torch.distributed.tensor import Replicate
 
@@ -86,13 +86,13 @@ def sum_over_mesh(tensor: Tensor, mesh: Any, dims: Iterable[int] | None = None) 
 
 
 def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
-    """Return the sum of 0-d `parts`, each computed from this process's share of a tensor.
+    """Return the sum of 0-d `parts`, each computed from this process's part of a tensor.
 
-    What belongs to a sharded tensor is summed over the processes that hold its shards, with one
-    reduction for all tensors that are spread in the same way.
+    The parts of a sharded tensor are summed over the processes that hold its shards, with one
+    all-reduce for all tensors with the same mesh and sharded dimensions.
     """
     total = torch.zeros_like(parts[0])
-    spread: dict[Any, tuple[Any, Tensor]] = {}
+    sharded: dict[Any, tuple[Any, Tensor]] = {}
     for part, tensor in zip(parts, tensors, strict=True):
         if not is_dtensor(tensor):
             total = total + part
@@ -100,16 +100,16 @@ def sum_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> Tensor:
         # Not is_shard, which is false for the strided shards of FSDP with tensor parallelism.
         dims = tuple(i for i, placed in enumerate(tensor.placements) if not placed.is_replicate())
         mesh = tensor.device_mesh
-        _, before = spread.get((mesh, dims), (mesh, torch.zeros_like(part)))
-        spread[mesh, dims] = mesh, before + part
-    for (_, dims), (mesh, part) in spread.items():
+        _, before = sharded.get((mesh, dims), (mesh, torch.zeros_like(part)))
+        sharded[mesh, dims] = mesh, before + part
+    for (_, dims), (mesh, part) in sharded.items():
         sum_over_mesh(part, mesh, dims)
         total = total + part
     return total
 
 
 def all_agree(flag: bool, tensors: Iterable[Any]) -> bool:
-    """Return whether `flag` holds in all processes that share sharded tensors with this one."""
+    """Return whether `flag` is true in all processes that share DTensors with this one."""
     # Not a set, whose order differs between processes.
     meshes = dict.fromkeys(t.device_mesh for t in tensors if is_dtensor(t))
     if not meshes:

@@ -1,4 +1,4 @@
-"""What a sharpness under a preconditioner multiplies with: P^-1/2, also as an Adam has it."""
+"""The factor P^-1/2 of a preconditioned Hessian, given or read from the state of an Adam."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Preconditioner: TypeAlias = Callable[[Vector], Vector] | float | Optimizer
 def inverse_square_root(
     inverse_sqrt: Preconditioner | None, params: list[Tensor]
 ) -> Callable[[Vector], Vector] | Any:
-    """Return what `cdat_core.preconditioned` takes; None for no preconditioner."""
+    """Return P^-1/2 as `cdat_core.preconditioned` takes it; None for no preconditioner."""
     if isinstance(inverse_sqrt, Optimizer):
         factors = _adam_factors(inverse_sqrt, params)
 

@@ -1,4 +1,4 @@
-"""The vectors that estimators of the spectrum start from."""
+"""Random start vectors for the estimators of the spectrum."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cdat_torch.distributed.dtensor import shard_like
 from cdat_torch.spaces import TensorListSpace
 
 WARM_NOISE = 0.1
-"""Length of the random part of a warm start; it lets an eigenvalue new at the top be seen."""
+"""Length of the random part of a warm start, which finds eigenvalues that are new at the top."""
 
 
 def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[Sequence[Tensor]]:
     """Return vectors of random signs like the parameters.
 
-    Each device has a generator of its own, seeded from `seed` and the order of the devices: equal
-    seeds would give tensors on two devices equal signs.
+    Each device has its own generator, seeded from `seed` and the order of the devices: with equal
+    seeds the tensors on two devices would have equal signs.
     """
     validation.count("seed", seed, minimum=0)
     seeds = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def random_signs(params: Sequence[Tensor], number: int, seed: int) -> list[Seque
             generators[p.device] = torch.Generator(p.device).manual_seed(own)
 
     def signs(p: Tensor) -> Tensor:
-        # Of a sharded parameter each process draws the whole and takes its part.
+        # For a sharded parameter each process draws all signs and takes its part.
         drawn = torch.empty(p.shape, dtype=p.dtype, device=p.device)
         drawn = drawn.bernoulli_(0.5, generator=generators[p.device]).mul_(2.0).sub_(1.0)
         return shard_like(drawn, p)

@@ -1,4 +1,4 @@
-"""A progress bar, or a callable, told of each Hessian-vector product."""
+"""Reporting each Hessian-vector product to a progress bar or a callable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress: TypeAlias = bool | Callable[[int, int], object]
 
 @contextmanager
 def reporter(progress: Progress, total: int) -> Iterator[Callable[[], None]]:
-    """Give what is to be called after each of `total` products."""
+    """Yield the function to call after each of `total` products."""
     if progress is False or progress is None:
         yield lambda: None
     elif callable(progress):
@@ -34,7 +34,7 @@ def reporter(progress: Progress, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr: tqdm's, else rich's."""
+    """Show a bar on stderr, by tqdm or else by rich."""
     description = "Hessian products"
     try:
         tqdm = importlib.import_module("tqdm").tqdm

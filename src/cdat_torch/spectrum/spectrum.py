@@ -1,8 +1,8 @@
 """The spectrum of a model's Hessian, in one call.
 
-The estimators are those of `cdat_core`. What is added here: Hessian-vector products by double
-backward on one graph of the loss, random vectors like the parameters, preconditioners read from an
-optimizer, and a progress bar. A call leaves no trace: random state and buffers are put back.
+The estimators are those of `cdat_core`. This module adds Hessian-vector products by double backward
+on one graph of the loss, random vectors like the parameters, preconditioners read from an
+optimizer, and a progress bar. A call has no side effects: random state and buffers are restored.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ def sharpness(
     """Return the largest eigenvalue of the Hessian, by the Lanczos method.
 
     Gradient descent at a rate above 2 over this number is unstable along its eigenvector.
-    `top_eigenvalues` takes the same arguments and gives the eigenvector and the error as well.
+    `top_eigenvalues` takes the same arguments and also returns the eigenvector and the error.
 
     Parameters
     ----------
     loss_fn : callable
-        ``loss_fn() -> loss``, a scalar tensor with its graph. It is called once; dropout masks and
-        batch statistics are those of that call. Do not call this between another loss of a model
-        with BatchNorm and its backward: writing the statistics back invalidates that graph.
+        ``loss_fn() -> loss``, a scalar tensor with its graph. It is called once, and all products
+        use the dropout masks and batch statistics of that call. If the model has BatchNorm, do not
+        call this between another loss and its backward pass: restoring the running statistics
+        invalidates that graph.
     params : iterable of Tensor
-        The parameters, for instance ``model.parameters()``. Those that do not require grad, or that
-        the loss does not depend on, are constants: rows of zeros in the Hessian.
+        The parameters, for instance ``model.parameters()``. Those that do not require grad or on
+        which the loss does not depend are constants: rows of zeros in the Hessian.
     num_matvecs : int, optional
-        Hessian-vector products to spend, each about two gradients. As many vectors of the size of
-        the parameters are kept.
+        Number of Hessian-vector products, each about two gradients. As many vectors of the size of
+        the parameters are kept in memory.
     which : {"largest", "smallest"}, optional
         The end of the spectrum, by sign.
     start : TopEigenvalues or sequence of Tensor, optional
@@ -63,12 +64,12 @@ def sharpness(
         default random signs.
     inverse_sqrt : callable, number or torch.optim.Optimizer, optional
         P^-1/2 for the sharpness of ``P^-1/2 H P^-1/2``: a linear symmetric map of lists of tensors
-        or a multiple of the identity. Of an Adam or AdamW (wrapped or not) that has taken steps,
-        P is ``sqrt(v_hat) + eps``; parameters it has not moved drop out, as if they were constants.
+        or a multiple of the identity. For an Adam or AdamW (wrapped or not) that has taken steps, P
+        is ``sqrt(v_hat) + eps``; parameters it has not moved count as constants.
     seed : int, optional
-        Seed of the random vectors. They come from generators of their own.
+        Seed of the random vectors, which do not use the global generators.
     progress : bool or callable, optional
-        True for a bar by tqdm or rich, or ``progress(done, total)``, called after each product.
+        True for a bar by tqdm or rich, or a callable ``progress(done, total)``.
 
     Returns
     -------
@@ -133,8 +134,8 @@ def top_eigenvalues(
         The end of the spectrum, by sign; with "both" the k largest are followed by the k smallest.
     start : TopEigenvalues or sequence of Tensor, optional
         A start vector, or the result of an earlier call as a warm start, which saves products while
-        the Hessian changes little. To the sum of its vectors a little noise is added, for
-        eigenvalues that have newly come to the top.
+        the Hessian changes little. The start is then the sum of its vectors plus a little noise,
+        which finds eigenvalues that are new at the top.
 
     Returns
     -------
@@ -191,7 +192,7 @@ def spectral_density(
     Parameters
     ----------
     loss_fn, params, inverse_sqrt, seed, progress
-        See `sharpness`. Constants contribute eigenvalues 0: leave them out of `params` if these
+        See `sharpness`. Constants contribute zero eigenvalues; leave them out of `params` if these
         should not count.
     num_probes : int, optional
         Random sign vectors to average over.
@@ -258,8 +259,9 @@ def trace(
     num_probes : int, optional
         Random sign vectors; at least 2 for "hutch++".
     method : {"hutchinson", "hutch++"}, optional
-        One product per probe, or half of the probes spent on the subspace of the large eigenvalues
-        at 3/2 products per probe: better where the spectrum decays, worse where it is flat.
+        "hutchinson" takes one product per probe. "hutch++" spends half of the probes on the
+        subspace of the large eigenvalues and takes 3/2 products per probe: better if the spectrum
+        decays, worse if it is flat.
 
     Returns
     -------
@@ -277,7 +279,7 @@ def trace(
 
     Examples
     --------
-    With random signs a diagonal Hessian needs one probe:
+    For a diagonal Hessian one probe of random signs is exact:
 
     >>> import torch
     >>> from cdat_torch import trace
@@ -308,9 +310,9 @@ def _operator(
     *,
     total: int,
 ) -> Iterator[cdat_core.HessianVectorProduct[Vector]]:
-    """Give the (preconditioned) Hessian at the present parameters, then tidy up.
+    """Yield the (preconditioned) Hessian at the current parameters, then restore what it changed.
 
-    Buffers are put back at the end and not before: normalisation layers keep them for backward.
+    Buffers are restored at the end and not before: normalisation layers save them for backward.
     """
     apply = inverse_square_root(inverse_sqrt, params)
     with reporter(progress, total) as report, without_side_effects(params, random_state(params)):
@@ -330,11 +332,11 @@ def _operator(
 
 
 def _twice_differentiable(loss_fn: LossFn) -> LossFn:
-    """Return the loss with a check that double backward would drop no term of it in silence."""
+    """Return the loss with a check that double backward silently drops no term of it."""
 
     def checked() -> Tensor:
         loss = loss_fn()
-        if isinstance(loss, Tensor):  # else the evaluation says what is wrong
+        if isinstance(loss, Tensor):  # otherwise the evaluation raises
             refuse_once_differentiable(loss)
         return loss
 
