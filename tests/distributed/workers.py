@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Worker = Callable[..., Any]
+PRELOAD = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "cdat_torch"]
+"""What the server imports once, so that the processes it forks need not."""
 
 
 def _free_port() -> int:
@@ -41,7 +43,8 @@ def run(size: int, worker: Worker, *args: Any, survivors: set[int] | None = None
 
     `survivors` are the ranks that are expected to answer; by default all.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     out, port = context.Queue(), _free_port()
     processes = [
         context.Process(target=_main, args=(rank, size, port, worker, args, out))
