@@ -46,11 +46,11 @@ def test_armijo_holds_at_the_returned_step_and_at_no_trial_before(
     value, slope, curvature, amplitude, frequency = wiggle
 
     def f(t):
-        wave = amplitude * (math.cos(frequency * t) - 1)  # flat at 0: it leaves the slope alone
+        wave = amplitude * (math.cos(frequency * t) - 1)  # flat at 0, so the slope is not affected
         return value + slope * t + curvature * t * t / 2 + wave
 
     def excess(t, told):
-        """Return by how much a trial misses the condition, and the rounding of that number."""
+        """Return how far a trial misses the condition, and the rounding error of that number."""
         terms = (abs(value), abs(fraction * t * slope), abs(told))
         return told - value - fraction * t * slope - 2 * eps * abs(value), 4 * eps * sum(terms)
 
@@ -90,7 +90,7 @@ def test_start_value_that_is_not_finite_fails_at_once(scalar, value):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_trial_that_is_not_finite_counts_as_too_long(scalar, bad):
-    """Even minus infinity, which an overflow may produce."""
+    """Even minus infinity, which an overflow can produce."""
     search = linesearch.backtracking(initial_step_size=8.0, decrease_factor=0.5)
     state, trials, _ = search_along(search, scalar, lambda t: bad if t > 1 else 1 - t, -1.0)
     assert trials == [8.0, 4.0, 2.0, 1.0]
@@ -125,7 +125,7 @@ def test_first_guess_grows_from_the_step_before(scalar):
         return float(search.init(start, scalar(0.0), scalar(previous)).step_size)
 
     assert guess(0.5) == 1.0
-    # What is no accepted step falls back on the first guess.
+    # Without an accepted step the search falls back to the first guess.
     assert [guess(x) for x in (0.0, -1.0, math.nan, math.inf)] == [3.0, 3.0, 3.0, 3.0]
     assert float(search.init(start, scalar(0.0)).step_size) == 3.0
     search = linesearch.backtracking(initial_step_size=3.0, increase_factor=None)
@@ -164,7 +164,7 @@ def test_rounding_of_the_loss_does_not_block_the_search(scalar, eps, rtol, faile
 
 
 def test_finishes_in_float32_at_a_minimum():
-    """Descend on a mean of squares, in float32 throughout, far beyond its resolution."""
+    """Descend on a mean of squares, all in float32, far beyond its resolution."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 4)).astype(np.float32)
     y = rng.standard_normal(64).astype(np.float32)

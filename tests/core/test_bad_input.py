@@ -98,7 +98,7 @@ def test_number_of_trials_is_a_positive_integer(value, error):
 
 
 def test_arrays_of_hyperparameters_pass_through(xp, scalar):
-    """Their values are unknown under a transformation; here they act like the numbers."""
+    """Their values are unknown when traced; here they behave like the numbers."""
     numbers = {
         "sigma": 1.5,
         "decay": 0.5,

@@ -1,4 +1,4 @@
-"""Polyak, hypergradient descent, the sharpness rule and GeN against their formulas."""
+"""Polyak, hypergradient descent, sharpness_edge and GeN against their formulas."""
 
 import math
 
@@ -98,7 +98,7 @@ def test_hypergradient_is_the_derivative_of_the_loss_with_respect_to_the_rate():
     "tuner", [tuners.polyak(), tuners.hypergradient(0.3)], ids=["polyak", "hypergradient"]
 )
 def test_scaling_the_loss_or_the_direction(tuner, scalar, eps, history, scale):
-    """Scaling the loss leaves the rate; scaling the direction scales it inversely."""
+    """Scaling the loss does not change the rate; scaling the direction scales it inversely."""
     # Where slope and bend cancel, rounding is relative to the terms; 0.3 bounds the gain of each
     # step.
     tolerance = 64 * eps * len(history)

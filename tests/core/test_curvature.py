@@ -77,7 +77,7 @@ def test_curvature_of_the_rosenbrock_function(w, u):
 
 @pytest.mark.parametrize("step", [None, 1e-3])
 def test_finite_difference_is_linear_in_the_length_of_the_vector(xp, dtype, eps, step):
-    """On a quadratic only rounding is left: eps * |g| / h, a part of |H v|."""
+    """On a quadratic only rounding is left: eps * |g| / h, a fraction of |H v|."""
     matrix = np.array([[2.0, 1.0, 0.0], [1.0, -3.0, 0.5], [0.0, 0.5, 1.0]])
     hessian = xp.asarray(matrix, dtype=dtype)
     w = xp.asarray([1.0, -2.0, 0.5], dtype=dtype)
@@ -93,7 +93,7 @@ def test_finite_difference_is_linear_in_the_length_of_the_vector(xp, dtype, eps,
 
 @pytest.mark.parametrize(("size", "moved"), [(0.0, 1e-3), (0.25, 1e-3), (50.0, 0.05)])
 def test_finite_difference_moves_the_parameters_by_a_length_relative_to_theirs(size, moved):
-    """And by no less than `step` itself, whatever the length of the vector."""
+    """And by at least `step` itself, whatever the length of the vector."""
     seen = []
 
     def grad(p):
@@ -129,7 +129,7 @@ def test_finite_difference_at_zero_parameters(xp, dtype, eps):
 
 
 def test_non_finite_hessian_shows(xp, dtype):
-    """Nothing on the way may turn NaN into a number."""
+    """No operation may turn NaN into a number."""
     u = xp.asarray([1.0, 2.0], dtype=dtype)
     assert math.isnan(float(directional_curvature(lambda v: v * xp.nan, u, space=SPACE)))
     found = power_iteration(lambda v: v * xp.nan, u, num_matvecs=2, space=SPACE)

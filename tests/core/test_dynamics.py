@@ -68,7 +68,7 @@ def test_sharpness_collapses_above_the_edge(sigma):
 
 @pytest.mark.parametrize("sigma", [1.0, 1.5, 1.9])
 def test_tuned_rates_end_at_the_edge_of_stability(sigma):
-    """Rate times sharpness settles at 2 for every sigma below 2, from greedy on."""
+    """Rate times sharpness settles at 2 for every sigma from 1 (greedy) to below 2."""
     run = simulate(tuners.cdat(sigma, decay=0.0), steps=5000)
     product = run.learning_rate * run.sharpness[:-1]
     assert np.median(product[-500:]) == pytest.approx(2.0, abs=0.01)

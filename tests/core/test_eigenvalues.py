@@ -36,7 +36,7 @@ def wide(array):
 
 
 def ends(values, k, which):
-    """Return the wanted of some eigenvalues, descending."""
+    """Return the wanted eigenvalues, descending."""
     values = np.sort(values)[::-1]
     return {
         "largest": values[:k],
@@ -172,7 +172,7 @@ def test_faster_than_power_iteration():
     ],
 )
 def test_early_end_is_filled(xp, dtype, eps, which, k, expected):
-    """Three distinct eigenvalues of multiplicity two are three pairs, whatever is asked for."""
+    """Three distinct eigenvalues of multiplicity two give three pairs, however many are wanted."""
     diagonal = xp.asarray([-1.0, 5.0, -2.0, 5.0, -1.0, -2.0], dtype=dtype)
     start = xp.asarray([1.0, 2.0, 1.0, -1.0, 0.5, 2.0], dtype=dtype)
     found = top_eigenvalues(
@@ -203,7 +203,7 @@ def test_zero_start_finds_nothing(xp, dtype):
 
 
 def test_zero_operator_has_the_eigenvalue_zero(xp, dtype):
-    """It is told from a filler by its residual and its vector."""
+    """Its residual and its vector distinguish it from padding."""
     found = top_eigenvalues(
         lambda v: 0 * v, xp.ones((4,), dtype=dtype), k=2, num_matvecs=3, space=SPACE
     )
@@ -238,7 +238,7 @@ def test_warm_start_saves_products(which):
 
 
 def test_warm_start_from_an_eigenvector_hides_the_rest():
-    """The hazard that the docstring warns of."""
+    """The risk that the docstring warns about."""
     before, after = np.array([3.0, 1.0, 2.0]), np.array([3.0, 7.0, 2.0])
     first = top_eigenvalues(lambda v: before * v, np.ones(3), num_matvecs=3, space=SPACE)
     exact = first._replace(vectors=(np.array([1.0, 0.0, 0.0]),))

@@ -1,4 +1,4 @@
-"""Limits on the rate, and the tuners that do not look at the loss."""
+"""Guards on the rate, and the tuners that ignore the loss."""
 
 import inspect
 import math
@@ -35,7 +35,7 @@ def greedy_rates(*rates):
 @examples(50)
 @given(history=histories, initial=limits, growth=st.none() | st.floats(1, 3), ceiling=limits)
 def test_guards_combine_as_written(scalar, history, initial, growth, ceiling):
-    """The limits apply in turn to the bare rate, in the dtype of the state, and to nothing else."""
+    """The guards apply in turn to the bare rate, in the dtype of the state, and to nothing else."""
     bare = follow(tuners.cdat(1.9, 0.9), scalar, history)
     guarded = tuners.cdat(
         1.9,

@@ -13,7 +13,7 @@ FRAMEWORKS = {"jax", "numpy", "optax", "scipy", "torch"}
 
 
 def loaded_by(statement):
-    """Return which frameworks a fresh interpreter holds after `statement`."""
+    """Return the frameworks that a fresh interpreter has imported after `statement`."""
     script = f"import sys\n{statement}\nprint(*({FRAMEWORKS!r} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(run.stdout.split())

@@ -49,7 +49,7 @@ def dense(run):
 @pytest.mark.parametrize("num_matvecs", [1, 2, 5, 12, 20])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_tridiagonalises(xp, dtype, eps, spectrum, num_matvecs):
-    """H Q = Q T + r e_m^T with orthonormal Q: each step commits some rounding errors of |H|."""
+    """H Q = Q T + r e_m^T with orthonormal Q: each step adds some rounding errors of |H|."""
     matrix = wide(xp.asarray(symmetric(spectrum), dtype=dtype))
     hessian = xp.asarray(matrix, dtype=dtype)
     start = np.random.default_rng(1).standard_normal(20) * 100
@@ -84,7 +84,7 @@ def test_tridiagonalises(xp, dtype, eps, spectrum, num_matvecs):
 @pytest.mark.parametrize("n", [1, 2, 7])
 @pytest.mark.parametrize("beyond", [0, 1, 5])
 def test_as_many_products_as_dimensions_are_exact(xp, dtype, eps, n, beyond):
-    """And more change nothing: what follows is exactly zero."""
+    """More steps change nothing: the rest is exactly zero."""
     matrix = symmetric(np.linspace(-2.0, 3.0, n) if n > 1 else [3.0])
     hessian = xp.asarray(matrix, dtype=dtype)
     start = xp.asarray(np.linspace(1.0, 2.0, n), dtype=dtype)
@@ -220,7 +220,7 @@ def test_few_steps_are_the_same_without_reorthogonalisation(xp, dtype, eps):
         )
         for reorthogonalize in (True, False)
     ]
-    # No Ritz value has converged after 6 steps, so that rounding is amplified but little.
+    # No Ritz value has converged after 6 steps, so rounding is amplified only a little.
     for a, b in zip(runs[0][:2], runs[1][:2], strict=True):
         np.testing.assert_allclose(wide(a), wide(b), atol=200 * eps)
     assert float(runs[0].residual_norm) == pytest.approx(
@@ -230,7 +230,7 @@ def test_few_steps_are_the_same_without_reorthogonalisation(xp, dtype, eps):
 
 
 def test_copies_of_converged_eigenvalues_appear_without_reorthogonalisation():
-    """This is what it is for."""
+    """Prevent copies of eigenvalues: this is what reorthogonalisation is for."""
     spectrum = SPECTRA["outlier"]
     hessian = symmetric(spectrum)
     copies = []
@@ -271,7 +271,7 @@ def test_what_lies_in_the_span_collapses(name):
 
 
 class Opaque:
-    """A vector that can do nothing but be handed to its space."""
+    """A vector that only its space can operate on."""
 
     alive: ClassVar = weakref.WeakSet()
     most: ClassVar = 0
@@ -373,7 +373,7 @@ def test_what_is_not_finite_shows(xp, dtype, bad):
 @pytest.mark.parametrize("num_valid", [0, 1, 3, 5])
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e15])
 def test_dead_rows_do_not_mix_with_zero_eigenvalues(xp, dtype, eps, num_valid, scale):
-    """The block of size 3 is singular, like the rows that are dead."""
+    """The block of size 3 is singular, like the rows after a breakdown."""
     diagonal, off_diagonal = np.zeros(5), np.zeros(4)
     diagonal[: min(num_valid, 3)] = np.array([1.0, 2.0, 1.0])[:num_valid]
     off_diagonal[: max(min(num_valid, 3) - 1, 0)] = 1.0

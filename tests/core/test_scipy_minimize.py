@@ -20,7 +20,7 @@ LONG = {"maxiter": 20_000}
 
 
 class Counted:
-    """A function that counts its calls and refuses to hand out what it was given."""
+    """A function that counts its calls and overwrites its argument."""
 
     def __init__(self, function):
         self.function, self.calls = function, 0
@@ -96,7 +96,7 @@ def test_calls_are_counted(kind, tuner):
     assert result.njev == derivatives["jac"].calls
     second = [counted.calls for name, counted in derivatives.items() if name != "jac"]
     assert [result.nhev] == (second or [0])
-    if tuner is GREEDY:  # one value and gradient a point, one product a step
+    if tuner is GREEDY:  # one value and gradient per point, one product per step
         assert result.nfev == 21
         assert (result.njev, result.nhev) == ((61, 0) if kind == "differences" else (21, 20))
     else:
@@ -200,7 +200,7 @@ def test_last_iterate_may_be_the_minimum():
 @pytest.mark.parametrize("tuner", [GREEDY, SEARCH], ids=["greedy", "backtracking"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_objective_that_is_not_finite_at_the_start(tuner, value, maxiter):
-    """Also where the gradient is zero: that is no minimum."""
+    """Even where the gradient is zero, because that is no minimum."""
     for jac in (bowl_der, np.zeros_like):
         result = minimize(
             lambda x: value, [3.0], tuner=tuner, jac=jac, options={"maxiter": maxiter}
@@ -220,7 +220,7 @@ def test_derivative_that_is_not_finite(broken):
 
 
 def test_objective_that_stops_being_finite_on_the_way():
-    """A logarithm left behind by a step too long; the search shrinks instead."""
+    """A step that is too long leaves the domain of a logarithm; the search shrinks it."""
 
     def log_barrier(x):
         with np.errstate(invalid="ignore"):
@@ -394,7 +394,7 @@ def test_start_is_not_modified():
 
 
 def test_search_grows_its_first_guess_from_step_to_step():
-    """On a slope without end every first trial is accepted."""
+    """On an endless slope every first trial is accepted."""
     search = linesearch.backtracking(initial_step_size=0.5, increase_factor=2.0)
     result = minimize(
         lambda x: float(np.sum(x)), [0.0], tuner=search, jac=np.ones_like, options={"maxiter": 4}

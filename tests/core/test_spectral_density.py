@@ -36,7 +36,7 @@ def gaussians(seed, count, n):
 
 
 def estimate(spectrum, seed, count, num_matvecs):
-    """Estimate the density of a diagonal operator (Gaussians do not know the basis)."""
+    """Estimate the density of a diagonal operator (for Gaussians any basis is the same)."""
     return spectral_density(
         lambda v: spectrum * v,
         list(gaussians(seed, count, len(spectrum))),
@@ -93,7 +93,7 @@ def test_quadrature_is_exact_up_to_its_degree(xp, dtype, eps, spectrum, num_matv
         assert np.sum(weights * (nodes / size) ** degree) == pytest.approx(
             exact, abs=32 * (1 + degree) * eps
         )
-    if num_matvecs <= 3:  # later what is missed is small
+    if num_matvecs <= 3:  # later the error is small
         degree = 2 * num_matvecs
         exact = np.sum(mass * (spectrum / size) ** degree)
         assert exact - np.sum(weights * (nodes / size) ** degree) > 1e-5
@@ -101,7 +101,7 @@ def test_quadrature_is_exact_up_to_its_degree(xp, dtype, eps, spectrum, num_matv
 
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_error_falls_with_probes(spectrum):
-    """Like the square root of their number: by 4 from 1 to 16, give or take the 20 seeds."""
+    """Like the square root of their number: by 4 from 1 to 16, up to the noise of 20 seeds."""
     mean = {
         count: np.mean([distance(estimate(spectrum, s, count, 20), spectrum) for s in range(20)])
         for count in (1, 4, 16)
@@ -129,7 +129,7 @@ def test_error_falls_with_products(spectrum, reorthogonalize):
         )
         true = wasserstein_distance(found.nodes[0], spectrum, found.weights[0], z**2)
         errors.append(true)
-        # The estimate sees the error of half as many nodes, less about that of all of them.
+        # The estimate is about the error with half as many nodes minus the error with all of them.
         assert true / 2 <= found.quadrature_error <= 16 * true + 1e-13
     assert all(fine < coarse for coarse, fine in zip(errors, errors[1:], strict=False))
     assert errors[-1] < errors[0] / 16
@@ -188,7 +188,7 @@ def test_gap_is_a_distance_between_discrete_measures():
 
 
 def test_multiples_of_the_identity_are_a_point(xp, dtype, eps):
-    """The run of each probe ends after one step; the rest of its nodes is filled."""
+    """The run of each probe ends after one step; the rest of its nodes is padding."""
     probes = [xp.asarray(z, dtype=dtype) for z in gaussians(7, 3, 6)]
     found = spectral_density(lambda v: 3 * v, probes, num_matvecs=4, space=SPACE)
     np.testing.assert_allclose(wide(found.nodes)[:, 0], 3.0, rtol=8 * eps)
@@ -198,7 +198,7 @@ def test_multiples_of_the_identity_are_a_point(xp, dtype, eps):
 
 
 def test_more_products_than_dimensions_give_the_measure_of_the_probe(xp, dtype, eps):
-    """With a true node at zero beside the fillers."""
+    """With a true node at zero beside the padding."""
     spectrum, z = np.array([-1.0, 0.0, 2.0]), np.array([1.0, 2.0, 3.0])
     diagonal, probe = xp.asarray(spectrum, dtype=dtype), xp.asarray(z, dtype=dtype)
     found = spectral_density(lambda v: diagonal * v, [probe], num_matvecs=8, space=SPACE)

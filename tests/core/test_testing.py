@@ -1,4 +1,4 @@
-"""The conformance kit passes what is right and names what is wrong."""
+"""The conformance kit accepts correct implementations and names the law that fails."""
 
 import math
 
@@ -160,7 +160,7 @@ def test_the_tuners_of_the_core_pass(tuner, laws, scalar):
 
 
 def built(update):
-    """Return a tuner that skips the protection of from_rule."""
+    """Return a tuner without the protection of from_rule."""
     return tuners.cdat()._replace(update=update)
 
 

@@ -107,7 +107,7 @@ def test_hutchpp_is_exact_for_low_rank(xp, dtype, eps, num_sketch):
 
 
 def test_hutchpp_against_its_formula():
-    """tr(Q^T H Q) + mean of <y, H y>, y = (I - Q Q^T) z, with numpy's QR in place of ours."""
+    """tr(Q^T H Q) + mean of <y, H y>, y = (I - Q Q^T) z, with numpy's QR instead of ours."""
     matrix = symmetric(SPECTRA["decaying"])
     probes = draw("gaussians", 5, 9)
     found = hutchpp_trace(lambda v: matrix @ v, probes, num_sketch=3, space=SPACE)
@@ -178,7 +178,7 @@ def test_rank_deficient_sketches_are_dropped(xp, dtype, eps):
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])
 def test_basis_of_the_sketch_is_orthonormal_or_zero(name):
-    """Three dimensions hold three directions, whatever the rounding errors of the vectors are."""
+    """Three dimensions have three directions, whatever the rounding errors of the vectors are."""
     for seed in range(10):
         products = [z.astype(name) for z in draw("gaussians", seed, 6, 3)]
         basis = np.stack([wide(q) for q in _range_basis(products, SPACE)])

@@ -1,4 +1,4 @@
-"""The laws of the tuners, one test each, over every tuner a law holds for."""
+"""The laws of the tuners: one test each, over every tuner for which it holds."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from tests.examples import examples
 
 
 def newton_step():
-    """Make a tuner of a user's formula, unprotected against a division by zero."""
+    """Make a tuner from a user's formula that does not protect against division by zero."""
 
     def rule(measurement, state):
         return -measurement.slope / measurement.curvature, state
@@ -81,7 +81,7 @@ def run(tuner, scalar, history):
 
 
 def same_state(left, right, *, apart_from=()):
-    """Whether two states are equal bit for bit."""
+    """Return whether two states are equal bit for bit."""
     return type(left) is type(right) and all(
         float(getattr(left, name)) == float(getattr(right, name))
         for name in left._fields
@@ -188,7 +188,7 @@ def test_zero_curvature_before_any_rate_gives_zero(tuner, scalar, slope):
 
 
 def test_zero_curvature_holds_no_rate_along_an_ascent(scalar):
-    """Without memory; a memory of descents still holds."""
+    """Without memory; an average that still contains descents keeps the last rate."""
     _, state = run(tuners.on_edge(), scalar, [(-1.0, 2.0)])
     for slope in (1.0, 0.0):
         rate, after = tuners.on_edge().update(model(scalar, slope, 0.0), state)

@@ -156,14 +156,14 @@ smooth = st.builds(
     curvature=st.sampled_from([0.9, 0.5, 0.11]),
 )
 def test_strong_wolfe_holds_at_the_returned_step(scalar, eps, function, decrease, curvature):
-    """Checked in float64, and for no trial before: each of them missed one of the conditions."""
+    """Checked in float64; each earlier trial missed one of the conditions."""
     search = linesearch.zoom(sufficient_decrease=decrease, curvature_condition=curvature)
     state, trials, told = search_along(search, scalar, function.value, function.slope)
     assert outcome(state) == (trials[-1], True, False, len(trials))
     value0, slope0 = float(scalar(function.value(0.0))), float(scalar(function.slope(0.0)))
 
     def excess(t, value, slope):
-        """Return by how much each condition is missed, and the rounding of these numbers."""
+        """Return how far each condition is missed, and the rounding errors of these numbers."""
         bound = value0 + decrease * t * slope0 + 2 * eps * abs(value0)
         rounding = 4 * eps * (abs(value0) + abs(decrease * t * slope0) + abs(value))
         flatness = abs(slope) - curvature * abs(slope0)
@@ -172,7 +172,7 @@ def test_strong_wolfe_holds_at_the_returned_step(scalar, eps, function, decrease
     for t, (value, slope) in zip(trials[:-1], told[:-1], strict=True):
         high, rounding, steep, slope_rounding = excess(t, value, slope)
         assert high >= -rounding or steep >= -slope_rounding
-    # At the end not what was told counts but the function itself, to its rounding in this dtype.
+    # The conditions hold for the function itself, up to its rounding in this dtype.
     last = trials[-1]
     high, rounding, steep, slope_rounding = excess(last, function.value(last), function.slope(last))
     assert high <= rounding
@@ -315,7 +315,7 @@ def test_loss_that_still_descends_at_the_largest_step_fails_there(scalar, first)
 
 
 def test_longest_step_of_the_dtype_is_an_end_too(scalar, eps):
-    """Nothing overflows, which would be a warning and with it an error here."""
+    """Nothing overflows: a warning would be an error here."""
     largest = (3e38 if eps > 1e-8 else 1e308) * eps / 64
     search = linesearch.zoom(initial_step_size=largest / 30)
     state, trials, _ = search_along(search, scalar, lambda t: -t / 1e30, lambda t: -1e-30)
@@ -332,7 +332,7 @@ def test_kink_shrinks_the_bracket_to_the_resolution(scalar, eps):
     )
     assert outcome(state)[1:3] == (True, True)
     assert len(trials) < 60
-    # The loss is 0.7 at the start, so that its rounding hides an error of some eps in the step.
+    # The loss is 0.7 at the start, so its rounding hides an error of a few eps in the step.
     assert float(state.step_size) == pytest.approx(0.7, abs=math.sqrt(eps))
     best = min(range(len(trials)), key=lambda k: abs(trials[k] - 0.7))
     assert float(state.step_size) == trials[best]
@@ -378,7 +378,7 @@ def test_first_guess_comes_from_the_step_before(scalar):
     assert guess(search, 0.5) == 1.0
     assert guess(linesearch.zoom(), 0.5) == 0.5
     assert guess(linesearch.zoom(initial_step_size=3.0, increase_factor=None), 0.5) == 3.0
-    # What is no accepted step falls back on the first guess.
+    # Without an accepted step the search falls back to the first guess.
     assert [guess(search, x) for x in (0.0, -1.0, math.nan, math.inf)] == [3.0, 3.0, 3.0, 3.0]
 
 
@@ -426,7 +426,7 @@ def test_slopes_decide_where_the_loss_is_all_rounding(scalar, eps, zero, noise):
 
 
 def test_decrease_that_only_short_steps_reach_is_found(scalar):
-    """Far out the loss is lower still and keeps descending, but less than is asked for."""
+    """Far out the loss is lower still and keeps descending, but less than required."""
 
     def f(t):
         return -0.2 * t - 0.08 * (1 - math.exp(-10 * t))
@@ -444,7 +444,7 @@ def test_decrease_that_only_short_steps_reach_is_found(scalar):
 
 @pytest.mark.parametrize("curvature", [0.9, 0.1])
 def test_finishes_in_float32_at_a_minimum(curvature):
-    """Descend on a mean of squares, in float32 throughout, far beyond its resolution."""
+    """Descend on a mean of squares, all in float32, far beyond its resolution."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 4)).astype(np.float32)
     y = rng.standard_normal(64).astype(np.float32)
@@ -472,7 +472,7 @@ def test_finishes_in_float32_at_a_minimum(curvature):
         w = w - rate * g
         assert w.dtype == np.float32
     assert loss(w) <= best * (1 + 1e-5)
-    # While there is something to gain no search fails. Then gradients are noise and most of them
+    # While the loss can still decrease, no search fails. Then gradients are noise and most of them
     # do, but before the bracket has shrunk to single numbers.
     assert not any(failed[:5])
     assert max(trials) < 25
