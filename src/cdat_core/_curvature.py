@@ -178,8 +178,7 @@ def displacement(
     >>> float(h(np.array([0.0, 2.0])))
     0.025
     """
-    if step is not None:
-        step = _validation.positive("step", step)
+    step = _validation.optional(_validation.positive, "step", step)
     params_norm = sqrt_nonnegative(space.vdot(params, params))
     xp = namespace(params_norm)
     relative = float(xp.finfo(params_norm.dtype).eps) ** (1 / 3) if step is None else step

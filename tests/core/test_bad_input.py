@@ -160,4 +160,4 @@ def test_line_search_names_its_missing_field(field, scalar):
 
 def test_rule_that_needs_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match=r"needs must name fields of Measurement .*'hessian'"):
-        tuners.from_rule(lambda like: like, lambda m, s: (m, s), needs=("hvp",))
+        tuners.from_rule(lambda like: like, lambda m, s: (m, s), needs=("hessian",))

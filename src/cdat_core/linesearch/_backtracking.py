@@ -106,13 +106,12 @@ def backtracking(
     """
     initial_step_size = _validation.positive("initial_step_size", initial_step_size)
     decrease_factor = _validation.open_fraction("decrease_factor", decrease_factor)
-    if increase_factor is not None:
-        increase_factor = _validation.at_least_one("increase_factor", increase_factor)
+    increase_factor = _validation.optional(
+        _validation.at_least_one, "increase_factor", increase_factor
+    )
     sufficient_decrease = _validation.open_fraction("sufficient_decrease", sufficient_decrease)
-    if value_rtol is not None:
-        value_rtol = _validation.nonnegative("value_rtol", value_rtol)
-    if max_step_size is not None:
-        max_step_size = _validation.positive("max_step_size", max_step_size)
+    value_rtol = _validation.optional(_validation.nonnegative, "value_rtol", value_rtol)
+    max_step_size = _validation.optional(_validation.positive, "max_step_size", max_step_size)
     max_trials = _validation.count("max_trials", max_trials)
 
     def init(
@@ -124,10 +123,10 @@ def backtracking(
             raise ValueError(msg)
         xp = namespace(like)
         zero = xp.zeros_like(like)
-        value, slope = zero + cast(measurement.value, like), zero + cast(measurement.slope, like)
+        value, slope = filled(like, measurement.value), filled(like, measurement.slope)
         guess = filled(like, initial_step_size)
         if previous_step_size is not None and increase_factor is not None:
-            previous = zero + cast(previous_step_size, like)
+            previous = filled(like, previous_step_size)
             grown = cast(increase_factor, like) * previous
             guess = xp.where((previous > 0) & xp.isfinite(grown), grown, guess)
         if max_step_size is not None:
@@ -151,7 +150,7 @@ def backtracking(
         del slope  # the Armijo condition uses only the value
         xp = namespace(state.step_size)
         like = state.step_size
-        value = xp.zeros_like(like) + cast(value, like)
+        value = filled(like, value)
         rounding = 2 * float(xp.finfo(like.dtype).eps) if value_rtol is None else value_rtol
         bound = (
             state.value

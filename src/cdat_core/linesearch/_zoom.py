@@ -142,8 +142,7 @@ def zoom(
     (False, 2, True)
     """
     initial_step_size = _validation.positive("initial_step_size", initial_step_size)
-    if increase_factor is not None:
-        increase_factor = _validation.positive("increase_factor", increase_factor)
+    increase_factor = _validation.optional(_validation.positive, "increase_factor", increase_factor)
     sufficient_decrease = _validation.open_fraction("sufficient_decrease", sufficient_decrease)
     curvature_condition = _validation.open_fraction("curvature_condition", curvature_condition)
     known = (sufficient_decrease, curvature_condition)
@@ -153,10 +152,8 @@ def zoom(
             f"got {curvature_condition!r} and {sufficient_decrease!r}"
         )
         raise ValueError(msg)
-    if value_rtol is not None:
-        value_rtol = _validation.nonnegative("value_rtol", value_rtol)
-    if max_step_size is not None:
-        max_step_size = _validation.positive("max_step_size", max_step_size)
+    value_rtol = _validation.optional(_validation.nonnegative, "value_rtol", value_rtol)
+    max_step_size = _validation.optional(_validation.positive, "max_step_size", max_step_size)
     max_trials = _validation.count("max_trials", max_trials)
 
     options = _Options(
