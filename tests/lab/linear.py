@@ -1,4 +1,4 @@
-"""A linear task, whose derivatives are known in closed form."""
+"""A linear task with derivatives in closed form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS, INPUTS, OUTPUTS = 12, 5, 2
 
 
 def linear_task(depth: int = 1, **changes: Any) -> Task:
-    """Linear regression; of one layer the Hessian is X'X/n for each output."""
+    """Linear regression; with one layer the Hessian is X'X/n for each output."""
     generator = np.random.default_rng(4)
     sizes = [INPUTS, *[3] * (depth - 1), OUTPUTS]
     fields: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Findings made up from formulas, so that reports can be tested without training anything."""
+"""Findings made up from formulas, to test reports without training."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def findings(
     title: str = "A study",
     **others: Any,
 ) -> Findings:
-    """Findings of a study in which contenders diverge, or are missing, with some seeds."""
+    """Findings in which contenders diverge or are missing for some seeds."""
     study = Study(title, "cdat compare digits", tuple(races), tuple(sweeps))
     keys = dict.fromkeys(key for each in study.all_races() for key in each.result_keys())
     results = {
@@ -99,7 +99,7 @@ def result(key: Key, *, diverged: bool = False) -> Result:
 
 
 def trajectory(problem: Problem, *, diverged: bool = False) -> Trajectory:
-    """A loss that falls at a pace that contender and seed decide, with the rate at the edge."""
+    """A loss that falls at a pace set by contender and seed, with the rate at the edge."""
     name, steps = problem.contender.name, problem.steps
     generator = np.random.default_rng([problem.seed, *name.encode()])
     pace = 0.02 + 0.03 * (sum(name.encode()) % 7) / 7 + 0.004 * generator.random()

@@ -1,4 +1,4 @@
-"""Verdicts follow from the numbers: inside the range, outside, of some seeds, of none."""
+"""Verdicts follow from the numbers: in the range for all seeds, some, or none."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_verdict_counts_the_seeds_in_the_range(losses: tuple[float, float], ou
     assert {verdict.outcome for verdict in others} == {"unknown"}  # CDAT 2 was not run
 
 
-def test_a_constant_rate_that_diverged_is_nothing_to_be_set_against() -> None:
-    """Neither has every other rule beaten it, nor lost to it."""
+def test_a_constant_rate_that_diverged_is_no_reference() -> None:
+    """The other rules have neither beaten it nor lost to it."""
     names = ("constant", "cdat-1.9")
     ends = {("constant", 0): math.inf, ("constant", 1): 0.1}
     keys = [RACE.key(name, seed) for name in names for seed in RACE.seeds]
@@ -75,7 +75,7 @@ def test_a_constant_rate_that_diverged_is_nothing_to_be_set_against() -> None:
 
 
 @pytest.mark.parametrize(("product", "outcome"), [(3.8, "holds"), (3.5, "does not hold")])
-def test_the_edge_is_asked_for_within_five_percent(product: float, outcome: str) -> None:
+def test_the_edge_is_required_within_five_percent(product: float, outcome: str) -> None:
     names = ("constant", "cdat-2-ema-0.9")
     keys = [RACE.key(name, seed) for name in names for seed in RACE.seeds]
     found = outcomes({key: ending(key, 0.1, product) for key in keys})
@@ -114,7 +114,7 @@ def test_the_best_sigma_must_rise_with_the_batch(best: tuple[float, ...], outcom
     assert verdict.outcome == "unknown"
 
 
-def test_the_joint_model_is_that_of_the_core() -> None:
+def test_the_joint_model_gives_the_known_sharpness() -> None:
     """The sharpness at T/2 and T of a pilot study, for the constant rate and sigma 1.9."""
     found = {s.contender.name: s for s in model.simulate(("constant", "cdat-1.9"))}
     ends = [found[name].sharpness[[2500, 5000], 0] for name in ("constant", "cdat-1.9")]

@@ -1,4 +1,4 @@
-"""Commands as a user types them, and the files they leave."""
+"""Commands as a user types them, and the files they write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def by_settings(folder: Path, backend: str) -> dict[str, pl.DataFrame]:
-    """The runs of a backend by what is in their names but backend and digest."""
+    """The runs of a backend by their names without backend and digest."""
     found = {}
     for path in (folder / "runs").glob(f"*-{backend}-*.parquet"):
         frame = pl.read_parquet(path)
@@ -56,7 +56,7 @@ def test_the_backends_agree_step_by_step(compared: tuple[Path, str]) -> None:
     for name in pairs:
         one, two = ours[name], theirs[name]
         if not one["loss"].is_finite().all() or one["loss"].max() > 10 * one["loss"][0]:
-            continue  # a diverging run multiplies rounding errors without end
+            continue  # a diverging run amplifies rounding errors without bound
         compared_pairs += 1
         for column in ("loss", "full_loss", "learning_rate", "slope", "curvature", "sharpness"):
             a, b = one[column][:20], two[column][:20]
@@ -213,7 +213,7 @@ def test_sharpness_prints_the_edge() -> None:
     assert float(lines[1][1]) < float(lines[0][1])
 
 
-def test_tasks_lists_what_there_is() -> None:
+def test_tasks_lists_tasks_bases_rules_and_backends() -> None:
     output = invoked("tasks")
     for name in ("teacher-student", "characters", "rmsprop", "armijo", "numpy"):
         assert name in output
@@ -240,7 +240,7 @@ HIDE = """
                 return None
             return self.finder.find_spec(name, path, target)
 
-        def __getattr__(self, name):  # metadata are found through the same finders
+        def __getattr__(self, name):  # metadata is found through the same finders
             return getattr(self.finder, name)
 
     def hide(*names):

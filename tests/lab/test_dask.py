@@ -1,4 +1,4 @@
-"""The same race on a dask cluster as in this process."""
+"""A race on a dask cluster gives the results of this process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from cdat_lab import backends, races
 from cdat_lab.races import Job, Race
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of the cluster are not ours
+pytestmark = pytest.mark.filterwarnings("default")  # the cluster's warnings are not ours
 
 
-def test_a_dask_cluster_finds_what_this_process_finds(tmp_path: Path) -> None:
+def test_a_dask_cluster_gives_the_results_of_this_process(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="dask's scheduler is not installed")
     backend = "numpy" if "numpy" in {b.name for b in backends.available()} else "torch"
     race = Race("deep-linear", "momentum", backend, ("cdat-1.9", "armijo", "greedy"), 8, (0,))

@@ -48,7 +48,7 @@ def problem(task: Task, rule: Any, base: Base = GD, **changes: Any) -> Problem:
 def regression(
     task: Task, rows: Any = slice(None)
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Loss and gradient of linear regression, in formulas of their own."""
+    """Loss and gradient of linear regression in independent formulas."""
     X, Y = task.inputs[rows], task.targets[rows]
     return (
         lambda W: 0.5 * np.mean(np.sum((X @ W - Y) ** 2, axis=1)),
@@ -85,7 +85,7 @@ def test_the_rates_of_gradient_descent_on_a_quadratic(name: str, sigma: float) -
 
 
 @pytest.mark.parametrize("base", [GD, MOMENTUM, RMSPROP, ADAM], ids=lambda base: base.name)
-def test_the_base_optimizers_are_those_of_torch(base: Base) -> None:
+def test_the_base_optimizers_match_torch(base: Base) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     task, rate = tanh_task(), 0.05
     result = run(problem(task, tuners.constant(rate), base, steps=30, record_every=1))
@@ -106,7 +106,7 @@ def test_the_base_optimizers_are_those_of_torch(base: Base) -> None:
     np.testing.assert_allclose(result.loss, losses[:-1], rtol=1e-10)
     np.testing.assert_allclose(result.full_loss, losses, rtol=1e-10)
     assert np.all(result.learning_rate == rate)
-    assert np.all(np.isnan(result.curvature))  # a constant rate does not ask for it
+    assert np.all(np.isnan(result.curvature))  # a constant rate does not use it
 
 
 def test_the_rate_of_a_sharpness_rule() -> None:
@@ -151,7 +151,7 @@ def test_a_strong_wolfe_search_makes_the_slope_small_everywhere() -> None:
 
 
 def dense_hessian(task: Task, params: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The Hessian by differences of the loss alone, of fourth order in both directions."""
+    """The Hessian by fourth-order differences of the loss in both directions."""
     flat, step = np.concatenate([p.ravel() for p in params]), 1e-2
     weights = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 
@@ -178,7 +178,7 @@ def dense_hessian(task: Task, params: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("task", [linear_task(depth=2), tanh_task()], ids=["deep", "tanh"])
-def test_the_curvature_is_that_of_the_dense_hessian(task: Task) -> None:
+def test_the_curvature_matches_the_dense_hessian(task: Task) -> None:
     H = dense_hessian(task, task.params)
     _, grads, _ = Objective(task).derivatives(task.params, second=False)
     g = np.concatenate([part.ravel() for part in grads])
@@ -188,7 +188,7 @@ def test_the_curvature_is_that_of_the_dense_hessian(task: Task) -> None:
     assert result.sharpness[0] == pytest.approx(np.linalg.eigvalsh(H)[-1], rel=1e-6)
 
 
-def test_the_gauss_newton_curvature_is_that_of_the_linearised_model() -> None:
+def test_the_gauss_newton_curvature_matches_the_linearised_model() -> None:
     task = tanh_task()
     rule = contender(tuners.quadratically_greedy(), curvature="gauss_newton")
     result = run(problem(task, rule, steps=1))
@@ -207,7 +207,7 @@ def test_the_gauss_newton_curvature_is_that_of_the_linearised_model() -> None:
 
 
 def test_the_gauss_newton_curvature_of_a_cross_entropy() -> None:
-    """On a model that is linear in its weights it is the curvature itself."""
+    """For a model that is linear in its weights it equals the curvature."""
     from cdat_lab.tasks._networks import cross_entropy
 
     task = linear_task(targets=np.eye(OUTPUTS)[np.arange(ROWS) % OUTPUTS], criterion=cross_entropy)
@@ -242,7 +242,7 @@ def test_the_sharpness_under_a_preconditioner() -> None:
         W = W - rate * g / P
         root = np.diag(1 / np.sqrt(P.ravel()))
         expected.append(np.linalg.eigvalsh(root @ H @ root)[-1])
-    # After the first measurement, which is exact here, it follows by a few products.
+    # The first measurement is exact here; later ones track it with a few products.
     np.testing.assert_allclose(result.sharpness, expected, rtol=1e-6)
 
 
@@ -298,12 +298,12 @@ def test_the_task_is_left_as_it_was() -> None:
         assert np.array_equal(a, b)
 
 
-# What is not finite
+# Values that are not finite
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=lambda base: base.name)
 def test_a_step_on_a_bad_batch_leaves_everything_as_it_was(base: Base) -> None:
-    """The run goes on as if the batches with a bad row had never come."""
+    """The run continues as if the batches with a bad row had never occurred."""
     task = linear_task()
     inputs = task.inputs.copy()
     inputs[3] = math.nan
@@ -331,7 +331,7 @@ def test_a_step_on_a_bad_batch_leaves_everything_as_it_was(base: Base) -> None:
 
 
 def task_without_low_losses() -> Task:
-    """A loss that is NaN where it should be below 0.9 of its first value."""
+    """A loss that is NaN where it would be below 0.9 of its first value."""
     loss, _ = regression(linear_task())
     threshold = 0.9 * loss(linear_task().params[0])
 
@@ -365,13 +365,13 @@ def test_a_search_keeps_away_from_where_the_loss_is_nan(search: str, base: Base)
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=lambda base: base.name)
-def test_a_rate_beyond_all_bounds_does_not_raise(base: Base) -> None:
+def test_a_huge_rate_does_not_raise(base: Base) -> None:
     result = run(problem(linear_task(depth=3), tuners.constant(1e80), base, sharpness=True))
     assert result.skipped[-1] > 0
     assert len(result.loss) == 12
 
 
-# What it does not have
+# Not supported
 
 
 def test_what_is_built_for_other_frameworks_is_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Races: what runs remember, when they are used again, and how they end early."""
+"""Races: what runs store, when they are reused, and how they end early."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_grid_that_cannot_grow_further_says_so() -> None:
     assert grid.at_edge
 
 
-def test_results_are_used_again_only_on_request_and_only_for_the_same_settings(
+def test_results_are_reused_only_on_request_and_only_for_the_same_settings(
     tmp_path: Path, trained: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = jobs(contenders=("cdat-1.9",), seeds=(0,))
@@ -150,7 +150,7 @@ def test_results_are_used_again_only_on_request_and_only_for_the_same_settings(
     assert len(trained) == 7
 
 
-def test_a_damaged_file_is_made_again_and_reported(tmp_path: Path, trained: list[Problem]) -> None:
+def test_a_damaged_file_is_reported_and_replaced(tmp_path: Path, trained: list[Problem]) -> None:
     study = Study("title", "command", (race(contenders=("cdat-1.9",), seeds=(0,)),))
     found = conduct.conduct(study, tmp_path, resume=False, processes=1)
     (result,) = found.results.values()
@@ -264,7 +264,7 @@ def started(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_an_interrupt_ends_cleanly_and_keeps_whole_files(tmp_path: Path) -> None:
+def test_an_interrupt_ends_cleanly_and_keeps_complete_files(tmp_path: Path) -> None:
     process = started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)

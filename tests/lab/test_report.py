@@ -136,7 +136,7 @@ def test_each_kind_of_study_has_its_sections(
         assert len(charts) == len(found.figures) == len(set(found.figures))
 
 
-def test_what_users_write_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_from_users_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     text = """</script><img src=x onerror="alert(1)"> %{x} <b>"""
     task = dataclasses.replace(made_up.TASK, description="<script>alert(2)</script> & more")
     own = dataclasses.replace(CONTENDERS["cdat-2"], name="mine", label=text)
@@ -160,7 +160,7 @@ def test_what_users_write_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert '&lt;/script&gt;&lt;img src=x onerror="alert(1)"&gt; %&#123;x} &lt;b&gt;' in names
 
 
-def test_names_cannot_leave_their_place_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_escaped_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registration refuses such names; the page does not rely on it."""
     task, mine, base = (f"{name}\"'><script>{name}()</script>" for name in ("task", "mine", "base"))
     contender = dataclasses.replace(CONTENDERS["cdat-2"], name=mine, label=mine)
@@ -189,7 +189,7 @@ def test_names_cannot_leave_their_place_in_the_page(monkeypatch: pytest.MonkeyPa
         assert found.text.count(text) >= 2
 
 
-def test_no_cell_is_taken_for_a_formula() -> None:
+def test_no_cell_is_a_formula() -> None:
     texts = ["=1+1", "+1", "-1", "@x", "\tx", "plain", "a=b", None]
     frame = pl.DataFrame({"text": texts, "number": [-1.5] * len(texts)})
     found = rows(table.to_csv(frame))
@@ -343,7 +343,7 @@ def test_every_contender_has_its_own_style() -> None:
     assert set(styles(f"own-{i}" for i in range(100))) == {f"own-{i}" for i in range(100)}
 
 
-def test_the_curves_travel_as_they_are() -> None:
+def test_the_page_contains_the_measured_curves() -> None:
     race = made_up.race("gd", ("constant",), seeds=(0,))
     findings = made_up.findings(races=[race])
     trace = figure(page(findings), "race-1")["data"][0]

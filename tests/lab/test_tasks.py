@@ -1,4 +1,4 @@
-"""Tasks: the same problem under every framework, from a seed alone."""
+"""Tasks: the same problem under every framework, determined by the seed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_limit_of_differences(task: Task) -> None:
 
 
 @pytest.mark.parametrize("xp", [array_api_compat.numpy, array_api_strict], ids=["compat", "strict"])
-def test_a_task_asks_for_nothing_beyond_the_array_api(task: Task, xp: Any) -> None:
+def test_a_task_uses_only_the_array_api(task: Task, xp: Any) -> None:
     params = [xp.asarray(p) for p in task.params]
     value = task.loss(xp, params, xp.asarray(task.inputs), xp.asarray(task.targets))
     assert value.shape == ()
@@ -104,7 +104,7 @@ def test_a_task_asks_for_nothing_beyond_the_array_api(task: Task, xp: Any) -> No
 
 
 def test_rows_of_the_outputs_belong_to_rows_of_the_inputs(task: Task) -> None:
-    """What is a mean over the rows, and a batch of them, rests on it."""
+    """Means over the rows and mini-batches rely on this."""
     xp, some = array_api_compat.numpy, np.array([5, 0, 9])
     whole = task.model(xp, task.params, task.inputs)
     part = task.model(xp, task.params, task.inputs[some])
@@ -117,7 +117,7 @@ def test_rows_of_the_outputs_belong_to_rows_of_the_inputs(task: Task) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_task_comes_from_its_seed_alone(name: str) -> None:
+def test_a_task_depends_only_on_its_seed(name: str) -> None:
     first, again, other = (tasks.TASKS[name](seed) for seed in (SEED, SEED, SEED + 1))
     assert first.name == name
     for a, b, c in zip(arrays(first), arrays(again), arrays(other), strict=True):
@@ -180,7 +180,7 @@ def test_the_smoothed_cross_entropy_has_the_infimum_0() -> None:
         assert task.criterion(xp, np.log(task.targets) + step * outputs, task.targets) > 1e-6
 
 
-def test_the_cross_entropy_is_that_of_the_softmax() -> None:
+def test_the_cross_entropy_uses_the_softmax() -> None:
     generator = np.random.default_rng(0)
     outputs = 300 * generator.standard_normal((5, 3, 4))  # would overflow without its maximum
     targets = np.eye(4)[generator.integers(4, size=(5, 3))]
@@ -225,7 +225,7 @@ def test_a_patch_comes_from_the_quarter_that_is_its_target(monkeypatch: pytest.M
     np.testing.assert_allclose(task.inputs, (expected - 3.5) / np.std(np.arange(8)), atol=1e-12)
 
 
-def test_the_transformer_is_the_usual_one() -> None:
+def test_the_transformer_matches_a_reference() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     functional = torch.nn.functional
     task = made("characters", SEED)
@@ -248,7 +248,7 @@ def test_the_transformer_is_the_usual_one() -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-12)
 
 
-def test_the_characters_are_those_of_a_text() -> None:
+def test_the_characters_come_from_a_text() -> None:
     task = made("characters", SEED)
     inputs, targets = task.inputs.argmax(axis=-1), task.targets.argmax(axis=-1)
     assert np.array_equal(inputs[:, 5:], targets[:, :-1])
@@ -258,7 +258,7 @@ def test_the_characters_are_those_of_a_text() -> None:
 
 
 def test_the_sharpness_of_the_teacher_task_grows_ten_fold() -> None:
-    """Under gradient descent, and that below its edge of stability."""
+    """Under gradient descent, at a rate below its edge of stability."""
     jax = pytest.importorskip("jax", reason="jax is not installed, and it trains 1500 steps")
     import jax.numpy as jnp
 
