@@ -150,7 +150,7 @@ def reshards_after_backward(module: Any) -> bool:
 def _fsdp_groups(module: Any) -> list[Any]:
     """Return the groups of parameters that an FSDP module gathers together."""
     state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):  # since PyTorch 2.11 there may be several
+    if hasattr(state, "_fsdp_param_groups"):  # newer versions may have several
         return list(state._fsdp_param_groups)
     group = getattr(state, "_fsdp_param_group", None)
     return [] if group is None else [group]
