@@ -1,4 +1,4 @@
-"""One small transformer, spread over processes in every way that PyTorch offers."""
+"""One small transformer, distributed over processes in every way that PyTorch offers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The vocabulary is odd, so two processes hold parts of unequal size."""
+    """The vocabulary is odd, so two processes hold shards of unequal size."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def sequence_plan():
 
 
 def spread(model, size, way):
-    """Spread the model; return how many parts the batch has, which is ours, and the group."""
+    """Distribute the model; return how many parts the batch has, which is ours, and the group."""
     if way == "fsdp":
         mesh = init_device_mesh("cpu", (size,))
         fully_shard(model.block, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Copies of one model in several processes: the step of the whole batch, the same in all."""
+"""Replicas in several processes: all take the step of the whole batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problem():
 
 
 def numbers(model, optimizer):
-    """What must agree: parameters and the last measurement, as plain numbers."""
+    """The parameters and the last measurement, which must agree, as plain numbers."""
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     return flat.tolist(), [optimizer.last.as_dict()]
 
@@ -138,7 +138,7 @@ def forgetful(rank, size):
 
 
 class Mortal(torch.optim.Adam):
-    """It ends its process in the step after `doomed` is set."""
+    """It ends its process in the step once `doomed` is set."""
 
     doomed = False
 
@@ -149,11 +149,11 @@ class Mortal(torch.optim.Adam):
 
 
 def dying(rank, size, where):
-    """Rank 1 ends before its step, in that of its base, or in the second call of the closure."""
+    """Rank 1 dies before its step, in the step of its base, or in the second closure call."""
     model, x, y = problem()
     model = nn.Sequential(model, nn.Dropout(0.1), nn.BatchNorm1d(3)).double()
     rule = RULES["zoom"] if where == "trial" else RULES["cdat"]
-    # With every=2 the step to come holds its rate.
+    # With every=2 the next step holds the rate.
     optimizer = TunedOptimizer(Mortal(model.parameters()), rule, every=2)
     inputs, labels = share(x, rank, size), share(y, rank, size)
     calls = 0
@@ -198,7 +198,7 @@ def too_many(rank, size):
     return True
 
 
-# Starting processes takes seconds, so those of one number run all their cases in turn.
+# Starting processes takes seconds, so each set of processes runs all of its cases in turn.
 TWO = {
     **{rule: (train, {"rule": rule}) for rule in RULES},
     "unequal": (train, {"rule": "cdat", "sizes": [6, 18]}),

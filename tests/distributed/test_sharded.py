@@ -1,4 +1,4 @@
-"""Models spread over processes: the step of one process on the whole batch, the same in all."""
+"""Sharded models: all processes take the step of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def train(
                 with further_differentiable():
                     loss = loss_of(model, a, b) / parts
                 optimizer.backward(loss, sync=form != "accumulation" or k == parts - 1)
-            # By value, which torch can for a mixture of plain and sharded parameters.
+            # By value, because torch cannot clip the norm of mixed plain and sharded parameters.
             clip_grad_value_(model.parameters(), 0.01, foreach=False)
             optimizer.step()
         history.append(optimizer.last.as_dict())
@@ -82,7 +82,7 @@ def train(
 
 
 def faulty(rank, size, where):
-    """Every process runs the model equally often, as fully_shard demands."""
+    """Every process runs the model equally often, as fully_shard requires."""
     model, x, y, _ = prepared(size, "fsdp")
     optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.0)
     good = lambda: loss_of(model, x, y)
@@ -109,7 +109,7 @@ def faulty(rank, size, where):
 
 
 def measured(rank, size, way):
-    """What the functions of the package give on the same model."""
+    """The results of the functions of the package on the same model."""
     model, x, y, _ = prepared(size, way)
     loss_fn = lambda: loss_of(model, x, y)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -179,7 +179,7 @@ def refused(rank, size):
 
 
 def beside_another_model(rank, size):
-    """Which parameters of another model are sharded after a step; it was unsharded before."""
+    """Which parameters of another, unsharded model a step has sharded."""
     other, *_ = prepared(size, "fsdp")
     for module in (other, other.block):
         module.unshard()

@@ -1,4 +1,4 @@
-"""A step that raises, or is interrupted once or many times, is taken wholly or not at all."""
+"""Steps are atomic, also if they raise or are interrupted once or many times."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SEVERAL_CALLS = ["finite_difference", "forward mode", "backtracking", "zoom"]
 
 @pytest.fixture(autouse=True)
 def _default_handler() -> Iterator[None]:
-    """Python's own handler, which is absent where the tests run in the background of a shell."""
+    """Python's own handler, which is missing if a shell runs the tests in the background."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
 
 
 class Broken(Exception):  # noqa: N818
-    """What a loss of the user's may raise."""
+    """Errors that a user's loss may raise."""
 
 
 class Training:
@@ -214,7 +214,7 @@ def test_ctrl_c_at_any_moment_and_again_leaves_all_or_nothing(way: str, what: st
     outcomes, most = set(), 0
     for line in random.Random(0).sample(range(1, counter.lines + 1), MOMENTS):
         training, ctrl_c = Training(way), CtrlC(line)
-        # Finalizers take lines of their own, so a run may have fewer than the one that was counted.
+        # Finalizers add lines, so a run may have fewer than the one that was counted.
         assert ctrl_c(getattr(training, what)) or ctrl_c.lines < line
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         found = training.everything()
@@ -229,7 +229,7 @@ def test_ctrl_c_at_any_moment_and_again_leaves_all_or_nothing(way: str, what: st
 def test_the_first_interrupt_comes_at_once_and_the_second_after_the_restoration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By real signals, with the second in the copy that puts the parameters back."""
+    """By real signals; the second comes in the copy that restores the parameters."""
     training = Training("finite_difference")
     before = training.everything()
     outputs, copy_, sent = training._outputs, Tensor.copy_, []
@@ -257,7 +257,7 @@ def test_the_first_interrupt_comes_at_once_and_the_second_after_the_restoration(
 
 
 def test_a_handler_that_does_not_raise_is_called_and_the_step_goes_on() -> None:
-    """As those of trainers, which finish the step or the epoch and then stop."""
+    """Like those of trainers, which finish the step or the epoch and then stop."""
     expected = Training("zoom")
     expected.step()
     training, heard = Training("zoom"), []
@@ -321,7 +321,7 @@ def test_an_interrupt_between_two_evaluations_waits_for_the_next() -> None:
 
 
 def test_a_measurement_in_a_closure_is_held_on_its_own() -> None:
-    """The restoration of the inner one is not interrupted, the closure after it is."""
+    """The restoration of the inner step is not interrupted; the closure after it is."""
     heard: list[str] = []
 
     def block() -> None:
@@ -337,7 +337,7 @@ def test_a_measurement_in_a_closure_is_held_on_its_own() -> None:
 
 
 def test_a_step_in_another_thread() -> None:
-    """Python handles signals in the main thread, which may hold an interrupt of its own."""
+    """Python handles signals in the main thread, which may defer an interrupt itself."""
     expected = Training("finite_difference")
     expected.step()
     training, errors = Training("finite_difference"), []

@@ -1,4 +1,4 @@
-"""Stepping the base on stand-ins: its parameters, groups and state stay in place."""
+"""Stepping the base on stand-ins: its parameters, groups and state are unchanged."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ from tests.torch.models import mlp
 STEPS = 10
 LR = 0.02
 DEFAULT = 0.4
-"""The lr at which the wrapped optimizer is built; it must not matter."""
+"""The lr of the wrapped optimizer; it must not matter."""
 TOLERANCE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-13}
-"""Float64; the two differ by the rounding of ``rate * u`` against that of ``lr * step``."""
+"""Float64; ``rate * u`` and ``lr * step`` round differently."""
 
 REFUSED = {
     "LBFGS": "choose step lengths itself",
@@ -78,7 +78,7 @@ def options(c: type[Optimizer]) -> list[str]:
 
 
 def cases() -> list[Any]:
-    """Each option alone, each with weight decay, and what only goes together."""
+    """Each option alone, each with weight decay, and options that need each other."""
     made = []
     for name, c in classes().items():
         if name in REFUSED:
@@ -275,7 +275,7 @@ def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     hooked: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, whether the base steps twice, part by part, or once and its state is held.
+    """Bit for bit, whether the base steps twice, part by part, or once with a copy of its state.
 
     Where Adam leaves its implementation open, all counting steps but the first are those of the
     fused kernel.
@@ -330,7 +330,7 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also of parameters that are not in the order of the memory, and with fused kernels."""
+    """Also for parameters that are not contiguous, and with fused kernels."""
     if c is torch.optim.SGD and chosen.get("fused") and dtype is torch.bfloat16:
         pytest.skip("on a CPU PyTorch's fused SGD does not move 16 numbers in bfloat16, but 15")
     monkeypatch.setattr(rehearsal, "_SMALL", 5)
@@ -386,7 +386,7 @@ def test_steps_that_hold_the_rate_are_those_along_the_direction(
     torch.testing.assert_close(found, trained(), rtol=1e-12, atol=1e-14)
 
 
-# Adafactor reads the parameters, and its direction is what is left of a difference.
+# Adafactor reads the parameters, and its direction is a difference, which rounds.
 @pytest.mark.parametrize("c", [case for case in DENSE if case.id != "Adafactor"])
 def test_large_parameters_in_bfloat16_do_not_round_the_direction(c: type[Optimizer]) -> None:
     gradient = torch.randn(4, 3).bfloat16()
@@ -436,7 +436,7 @@ def test_a_checkpoint_goes_on_in_a_new_optimizer(
 def test_the_step_of_distributed_checkpointing_moves_nothing(
     c: Callable[..., Optimizer], chosen: dict[str, Any]
 ) -> None:
-    """It has zero gradients and the rate 0, and is there to create the state."""
+    """It has zero gradients and rate 0; its purpose is to create the state."""
     model = mlp(5, 8, 2)
     optimizer = wrapped(c, chosen, model)
     before = [p.detach().clone() for p in model.parameters()]

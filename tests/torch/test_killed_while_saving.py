@@ -1,4 +1,4 @@
-"""The recipe of the tutorial: a process killed in the middle of a save leaves the one before."""
+"""The tutorial's recipe: a process killed during a save leaves the checkpoint before it intact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOMENTS = [0.0, 0.5, 0.95]
 
 
 def recipe() -> tuple[Callable[..., None], Callable[..., None]]:
-    """`save` and `load` as the tutorial has them, with its imports and nothing else of it."""
+    """`save` and `load` from the tutorial, with its imports and nothing else."""
     namespace: dict[str, Any] = {}
     for _, code in python_blocks(ROOT / "docs" / "tutorial_torch.md"):
         for node in ast.parse(code).body:
@@ -45,7 +45,7 @@ def parts() -> tuple[nn.Module, CDAT, Any, torch.Generator]:
 
 
 def mark(number: int, model: nn.Module, optimizer: CDAT, scheduler: Any, generator: Any) -> None:
-    """Write the number into everything that a checkpoint holds."""
+    """Write the number into everything that a checkpoint contains."""
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(number)
@@ -56,7 +56,7 @@ def mark(number: int, model: nn.Module, optimizer: CDAT, scheduler: Any, generat
 
 
 def numbers(model: nn.Module, optimizer: CDAT, scheduler: Any, generator: Any) -> set[float]:
-    """The numbers that are found there."""
+    """The numbers found there."""
     found = {float(x) for p in model.parameters() for x in p.detach().unique()}
     found |= {float(x) for s in optimizer.state.values() for x in s["exp_avg"].unique()}
     return found | {optimizer.param_groups[0]["lr"], scheduler.last_epoch, generator.initial_seed()}
@@ -102,7 +102,7 @@ def finished(process: subprocess.Popen[str]) -> int:
 
 
 def stop_within_a_save(process: subprocess.Popen[str], path: Path, fraction: float) -> int:
-    """Stop the process while the file beside is between `fraction` and whole; return its size."""
+    """Stop the process when `fraction` of the temporary file is written; return its size."""
     beside, whole = path.with_suffix(".part"), path.stat().st_size
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Layers and features of real PyTorch models: each against a dense Hessian of a plain twin.
+"""Layers and features of real PyTorch models, each against a dense Hessian of a plain twin.
 
 The twin has the same parameters in the same order but is written with elementary operations, so
 that forward over reverse can differentiate it and no kernel is shared.
@@ -147,7 +147,7 @@ class WeightNormed(nn.Module):
 
 @pytest.mark.parametrize("old", [True, False])
 def test_weight_norm(old: bool) -> None:
-    # The double backward of PyTorch's fused kernel is wrong by some ten percent here.
+    # The double backward of PyTorch's fused kernel is wrong by about ten percent here.
     linear = nn.Linear(WIDTH, WIDTH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -302,7 +302,7 @@ def test_other_values_are_seen_under_autocast() -> None:
 
 
 class Cube(torch.autograd.Function):
-    """x**3 with a backward that can be differentiated, wrapped as mixed precision asks for."""
+    """x**3 with a backward that can be differentiated, decorated for mixed precision."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
@@ -336,7 +336,7 @@ def test_custom_functions() -> None:
 
 
 class OneHot(nn.Module):
-    """What Embedding or EmbeddingBag compute, as a product with a matrix of counts."""
+    """Embedding or EmbeddingBag as a product with a matrix of counts."""
 
     def __init__(self, weight: Tensor, indices: Tensor, *, mean: bool, padding: int = -1) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ def test_embedding_with_a_padding_row() -> None:
 
 
 class Largest(nn.Module):
-    """What EmbeddingBag computes with the mode "max"."""
+    """EmbeddingBag with the mode "max"."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -384,7 +384,7 @@ def bag_network(mode: str) -> nn.Sequential:
 
 
 def test_embedding_bag() -> None:
-    """PyTorch has no second derivative, but the replay needs none of what is linear."""
+    """PyTorch has no second derivative, but the replay needs none for linear operations."""
     indices, y = torch.randint(0, 7, (BATCH, LENGTH)), torch.randint(0, CLASSES, (BATCH,))
     model = bag_network("mean")
     twin = copy.deepcopy(model)
@@ -536,7 +536,7 @@ def test_manual_attention_is_attention() -> None:
 
 
 class Shared(nn.Module):
-    """Two modules count in one buffer."""
+    """Two modules count in a shared buffer."""
 
     def __init__(self, counts: Tensor) -> None:
         super().__init__()
@@ -558,7 +558,7 @@ def test_a_shared_buffer_is_put_back_to_its_first_value() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, which sees Python of its own
 def test_steps_that_run_compiled_are_compiled_once() -> None:
-    """Hooks on all modules would compile them anew: they stay away from such steps."""
+    """Hooks on all modules would recompile them, so such steps have none."""
     graphs: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
@@ -577,7 +577,7 @@ def test_steps_that_run_compiled_are_compiled_once() -> None:
 
 
 def test_the_warnings_filters_are_as_before_after_a_step():
-    """Compiled modules warn about the hook that records buffers; the filter for it goes again."""
+    """Compiled modules warn about the hook that records buffers; the filter for that is removed."""
     model = torch.compile(nn.Linear(3, 1), backend="eager")
     optimizer = CDAT(torch.optim.SGD(model.parameters()))
     before = list(warnings.filters)

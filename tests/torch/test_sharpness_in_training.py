@@ -16,7 +16,7 @@ from cdat_torch import CompositeLoss, StepInfo, TunedOptimizer
 from tests.torch.models import NanCurvature, dense_hessian, flat, mlp, parameters
 
 ALL = 26
-"""Products for the whole Krylov space of the network below, which makes Lanczos exact."""
+"""Products that span the whole Krylov space of the network below: Lanczos is then exact."""
 
 
 class Problem:
@@ -67,7 +67,7 @@ def test_the_rate_is_sigma_over_the_sharpness(sigma: float) -> None:
 
 
 def saad_bound(hessian: Tensor, vector: Tensor, noise: float, num_matvecs: int) -> float:
-    """The most that Lanczos misses of the largest eigenvalue (Saad; Golub and Van Loan, 10.1.5).
+    """A bound on the error of Lanczos in the largest eigenvalue (Saad; Golub and Van Loan, 10.1.5).
 
     It starts from a unit vector plus noise of the given length, in the worst direction.
     """
@@ -113,7 +113,7 @@ def test_gradient_descent_stays_where_the_tuner_holds_it() -> None:
 
 
 def adam_by_hand(problem: Problem, options: dict[str, Any]) -> Iterator[Tensor]:
-    """The P that each step divides by, its own gradient included."""
+    """The P that each step divides by, including its own gradient."""
     second, beta = torch.zeros(ALL, dtype=torch.float64), options["betas"][1]
     greatest, step = second, 0
     while True:
@@ -192,7 +192,7 @@ def test_groups_weigh_the_sharpness_by_their_multipliers(adam: bool) -> None:
 
 
 def everything() -> Any:
-    """A tuner of a user: it needs all that is measured."""
+    """A user's tuner that needs every measurement."""
 
     def rule(measurement: Any, state: Any) -> Any:
         greedy = -measurement.slope / measurement.curvature

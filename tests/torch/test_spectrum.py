@@ -1,4 +1,4 @@
-"""The spectrum in one call: against dense Hessians, and without a trace on the model."""
+"""The spectrum in one call: against dense Hessians, and without side effects on the model."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_term_without_a_second_derivative_is_not_dropped() -> None:
             return 2 * ctx.saved_tensors[0] * grad
 
     w = torch.ones(3, requires_grad=True)
-    # Behind a sum PyTorch itself would raise nothing and give half of the Hessian.
+    # Below a sum PyTorch itself would raise nothing and return half of the Hessian.
     with pytest.raises(NotImplementedError, match="once_differentiable"):
         sharpness(lambda: Square.apply(w).sum() + (w**2).sum(), [w])
 
@@ -273,7 +273,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
 
 
 def adam_reference(problem: Problem, *, amsgrad: bool, wrapped: bool) -> tuple[Any, Tensor]:
-    """Three steps, and P from the moments averaged by hand."""
+    """Three steps, with P from moments averaged by hand."""
     model, beta, eps = problem.model, 0.9, 1e-3
     adam = torch.optim.AdamW(model.parameters(), betas=(0.5, beta), eps=eps, amsgrad=amsgrad)
     optimizer = TunedOptimizer(adam, tuners.constant(0.5)) if wrapped else adam
@@ -376,7 +376,7 @@ def test_progress_counts_every_product(name: str) -> None:
 
 
 class FakeBar:
-    """What is used of tqdm."""
+    """The part of tqdm that is used."""
 
     made: ClassVar[list[FakeBar]] = []
 
