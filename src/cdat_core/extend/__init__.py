@@ -4,8 +4,8 @@ A tuner is a rule inside `cdat_core.tuners.from_rule`, which checks the input, s
 that are not finite and keeps dtypes. Rules and line searches use the helpers on scalars below;
 `cdat_core.extend.validation` checks hyperparameters, and `cdat_core.extend.Guards` limits the rate.
 
-An adapter reports each step as a ``StepInfo``. If it drives an estimator with its own control flow,
-it calls `cdat_core.extend.displacement` and the functions of the Lanczos process.
+An adapter reports each step as a `cdat_core.extend.StepInfo`. To drive an estimator with its own
+loop, it calls `cdat_core.extend.displacement` and the functions of the Lanczos process.
 
 The helpers on scalars take the namespace from their arguments, never branch on a value and work
 elementwise: an array of any shape is a batch of scalars.
