@@ -66,15 +66,6 @@ def eager() -> Iterator[None]:
         yield
 
 
-def anything_compiled() -> bool:
-    """Return whether this process has compiled anything; True if that is unknown.
-
-    Forward passes that may run compiled must then have no hooks on all modules, because each hook
-    would compile them anew.
-    """
-    return pytorch_internals.has_compiled()
-
-
 def _other_kernels() -> AbstractContextManager[None]:
     """Replace single operations by equivalents that have the missing derivatives."""
     return _rebound([*_WEIGHT_NORM, *_RECURRENT, *tensor_parallel.replacements()])

@@ -83,7 +83,8 @@ class BaseStep:
     def commit(self, rate: Tensor, *, skip: Tensor) -> None:
         """Move the parameters by `rate` times their multiplier, and the state of the base.
 
-        Where `skip` holds nothing moves. `direction` is overwritten.
+        Where `skip` holds nothing moves, except the state of a step that is not `reversible`.
+        `direction` is overwritten.
         """
         if self._state.can_step_at_rate and skip.device.type == "cpu":
             if not bool(skip):

@@ -29,8 +29,9 @@ from cdat_torch.curvature.methods import (
 )
 from cdat_torch.curvature.replay import Mismatch, Unsupported
 from cdat_torch.distributed.replicas import several_processes
-from cdat_torch.kernels import anything_compiled, further_differentiable, logger
+from cdat_torch.kernels import further_differentiable, logger
 from cdat_torch.messages import warn
+from cdat_torch.pytorch_internals import has_compiled
 from cdat_torch.side_effects import SideEffects
 
 T = TypeVar("T")
@@ -201,7 +202,7 @@ def evaluate_with_fallback(
         if several and methods.current.record:
             kernels = further_differentiable
         # Compiled modules do not say which buffers they change, and hooks would recompile them.
-        buffers = kernels is not nullcontext or not anything_compiled()
+        buffers = kernels is not nullcontext or not has_compiled()
         with effects.record(buffers=buffers), _recorded_outputs(loss_fn, methods) as outputs:
             loss = evaluate(kernels)
         try:
