@@ -87,7 +87,10 @@ def has_scheduler(optimizer: Optimizer) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place."""
+    """Return how often a tensor was written in place.
+
+    Autograd counts that to find values that were overwritten; there is no public name.
+    """
     return tensor._version
 
 
@@ -148,7 +151,7 @@ def reshards_after_backward(module: Any) -> bool:
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
-    """Return the groups of parameters that an FSDP module gathers together."""
+    """Return the groups of parameters that an FSDP module unshards together."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):  # newer versions may have several
         return list(state._fsdp_param_groups)
@@ -209,7 +212,10 @@ def is_dynamo_loaded() -> bool:
 
 
 def has_compiled() -> bool:
-    """Return whether anything was compiled in this process; True if that is unknown."""
+    """Return whether anything was compiled in this process; True if that is unknown.
+
+    There is no public way to ask. PyTorch keeps the backends that compiled code was made for.
+    """
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     backends = {} if eval_frame is None else getattr(eval_frame, "cached_backends", {0: "unknown"})
     return any(backend is not None for backend in backends.values())
@@ -240,7 +246,10 @@ def without_forward_gradients() -> AbstractContextManager[Any]:
 
 
 def function_of(node: Any) -> Any:
-    """Return the ``autograd.Function`` of a node in Python; None if it does not say."""
+    """Return the ``autograd.Function`` that created a node; None if there is none.
+
+    Without the name: None, and functions that lack a second derivative are not recognised.
+    """
     return getattr(node, "_forward_cls", None)
 
 
