@@ -20,6 +20,8 @@ from cdat_core import tuners
 from cdat_jax import CompositeLoss, cdat, measure, scale_by_cdat, scale_by_tuner
 from tests.jax.problems import dense, flat, random_like, stepper
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 gauss_newton = functools.partial(measure, curvature="gauss_newton")
 
 

@@ -56,7 +56,7 @@ def test_nothing_is_left_of_a_step(form: str) -> None:
     try:
         counts = []
         for _ in range(4):
-            for _ in range(250):
+            for _ in range(50):
                 once()
             counts.append(alive())
     finally:
