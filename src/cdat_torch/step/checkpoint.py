@@ -11,7 +11,6 @@ tables below: for the top level, a group, the tuner, and the state of a paramete
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 
 from cdat_torch.base.direction import adapter_of
 from cdat_torch.distributed.dtensor import all_agree, local
+from cdat_torch.messages import warn
 
 _KEY = "tuner"
 _VECTOR = "sharpness_vector"
@@ -107,10 +107,9 @@ def read(state_dict: Any, base: Optimizer, tuner_state: Any) -> Checkpoint:
     if all(found is not None for found in tuners):
         tuner = _tuner(tuners[0], tuner_state)
     else:
-        warnings.warn(
+        warn(
             "state_dict comes from an optimizer without a tuner: the tuner starts cold and the "
-            "learning-rate multipliers stay as they are",
-            stacklevel=3,
+            "learning-rate multipliers stay as they are"
         )
         for group, present in zip(groups, base.param_groups, strict=True):
             group.update({name: present[name] for name in _MULTIPLIERS})

@@ -35,7 +35,7 @@ class Gradient(NamedTuple):
     params : list of Tensor
         The parameters of the optimizer.
     variables : list of Tensor
-        What the loss was computed with: the same tensors, or what modules gathered from them.
+        The tensors that the loss was computed with: the parameters, or what modules unsharded.
     grads : list of Tensor
         With respect to `variables`.
     """
@@ -59,14 +59,14 @@ class Gradient(NamedTuple):
 
     @property
     def unsharded(self) -> bool:
-        """Whether modules gathered variables for a second derivative."""
+        """Whether modules under ``fully_shard`` unsharded variables for a second derivative."""
         return any(v is not p for v, p in zip(self.variables, self.params, strict=True))
 
     @contextmanager
     def suitable(self, methods: Methods) -> Iterator[Methods]:
-        """Give the methods that suit the variables: exact ones if modules gathered some.
+        """Give the methods that suit the variables: only exact ones if some were unsharded.
 
-        Finite differences do not: the modules would undo a displacement of what they gathered.
+        Finite differences do not suit these: the modules would undo a displacement.
         """
         try:
             yield methods.without("finite_difference") if self.unsharded else methods
