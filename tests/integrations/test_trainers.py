@@ -1,4 +1,4 @@
-"""Recipes for trainers of others, each with its real package on a tiny model."""
+"""Recipes for third-party trainers, each with the real package and a tiny model."""
 
 from __future__ import annotations
 

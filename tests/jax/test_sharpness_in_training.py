@@ -364,7 +364,7 @@ def test_what_cannot_be_measured_is_refused():
         scale_by_tuner(rule, sharpness_matvecs=0)
     with pytest.raises(TypeError, match="inverse_sqrt must be a callable, from the state .* 0.5"):
         tuned(optax.adam(1.0), rule, inverse_sqrt=0.5)
-    # The map itself in the place of a function from the state to it.
+    # The map itself instead of a function from the state to it.
     solver, w = tuned(optax.sgd(1.0), rule, inverse_sqrt=lambda v: v), jnp.ones(2)
     with pytest.raises(TypeError, match="inverse_sqrt must be a callable or a number, got tuple"):
         solver.update(w, solver.init(w), w, value=1.0, grad=w, value_fn=lambda w: jnp.sum(w**2))
