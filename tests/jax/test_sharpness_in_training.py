@@ -362,7 +362,9 @@ def test_what_cannot_be_measured_is_refused():
         scale_by_tuner(rule, curvature="gauss_newton")
     with pytest.raises(ValueError, match="sharpness_matvecs must be an integer >= 1, got 0"):
         scale_by_tuner(rule, sharpness_matvecs=0)
-    with pytest.raises(TypeError, match="inverse_sqrt must be a callable, from the state .* 0.5"):
+    with pytest.raises(
+        TypeError, match="inverse_sqrt must be a callable from the state .* got 0.5"
+    ):
         tuned(optax.adam(1.0), rule, inverse_sqrt=0.5)
     # The map itself instead of a function from the state to it.
     solver, w = tuned(optax.sgd(1.0), rule, inverse_sqrt=lambda v: v), jnp.ones(2)
