@@ -5,36 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from inspect import Parameter
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cdat_core.extend import validation
-from cdat_core.tuners import GuardOptions
 from cdat_jax._curvature import check_like
 from cdat_jax._spaces import PyTree
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def name_guards(function: Function) -> Function:
-    """Replace ``**guards`` in the signature of `function` by the keys of `GuardOptions`.
-
-    ``optax.inject_hyperparams`` reads the signature and does not support ``**guards``.
-    """
-    signature = inspect.signature(function)
-    named = [p for p in signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    guards = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation="Any")
-        for name in GuardOptions.__annotations__
-    ]
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*named, *guards]
-    )
-    return function
 
 
 def checked_every(every: Any) -> Any:

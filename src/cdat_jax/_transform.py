@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from cdat_core import tuners
+from cdat_core.extend import name_guards
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import GuardOptions, Tuner
-from cdat_jax._arguments import name_guards
 from cdat_jax._rate import Direction, ScaleByTunerState, tuning
 from cdat_jax._spaces import PyTree
 

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from cdat_core import tuners
-from cdat_core.extend import validation
+from cdat_core.extend import name_guards, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import GuardOptions, Tuner
-from cdat_jax._arguments import name_guards
 from cdat_jax._loops import cond
 from cdat_jax._preconditioner import inverse_square_root
 from cdat_jax._rate import Direction, ScaleByTunerState, tuning

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from torch.optim import Optimizer
 
 from cdat_core import tuners
+from cdat_core.extend import name_guards
 from cdat_core.tuners import GuardOptions
 from cdat_torch.optimizer import TunedOptimizer
 
@@ -20,10 +21,12 @@ class CDAT(TunedOptimizer):
     ----------
     base : torch.optim.Optimizer
         The optimizer that gives the direction.
-    sigma, decay, eps, initial_learning_rate, max_growth, max_learning_rate
+    sigma, decay, eps
         See `cdat_core.tuners.cdat`.
     curvature, every, max_consecutive_skips, process_group
         See `TunedOptimizer`.
+    initial_learning_rate, max_growth, max_learning_rate
+        Guards on the rate; see `cdat_core.tuners.cdat`.
 
     Examples
     --------
@@ -34,6 +37,7 @@ class CDAT(TunedOptimizer):
     >>> loss = optimizer.step(lambda: (model(torch.ones(4, 3)) - 1.0).square().mean())
     """
 
+    @name_guards
     def __init__(
         self,
         base: Optimizer,

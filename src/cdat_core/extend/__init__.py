@@ -24,7 +24,7 @@ from cdat_core._curvature import displacement
 from cdat_core._krylov import LanczosState, lanczos_start, lanczos_step
 from cdat_core._step_info import StepInfo
 from cdat_core.extend import validation
-from cdat_core.tuners._guards import Guards
+from cdat_core.tuners._guards import Guards, name_guards
 
 __all__ = [
     "Guards",
@@ -37,6 +37,7 @@ __all__ = [
     "increment",
     "lanczos_start",
     "lanczos_step",
+    "name_guards",
     "namespace",
     "require_floating",
     "safe_reciprocal",

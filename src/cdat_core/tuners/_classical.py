@@ -8,9 +8,10 @@ from cdat_core import _validation
 from cdat_core._arrays import cast, increment, namespace
 from cdat_core._types import Measurement, Scalar
 from cdat_core.tuners._base import RateState, Tuner, from_rule
-from cdat_core.tuners._guards import GuardOptions, Guards
+from cdat_core.tuners._guards import GuardOptions, Guards, name_guards
 
 
+@name_guards
 def polyak(
     f_min: Any = 0.0,
     **guards: Unpack[GuardOptions],
@@ -74,6 +75,7 @@ def polyak(
     return from_rule(limits.start_state, rule, needs=("value", "slope"))
 
 
+@name_guards
 def hypergradient(
     hyper_learning_rate: Any = 0.02,
     **guards: Unpack[GuardOptions],
@@ -149,6 +151,7 @@ def hypergradient(
     return from_rule(limits.start_state, rule, needs=("slope", "curvature"))
 
 
+@name_guards
 def sharpness_edge(
     sigma: Any = 2.0,
     **guards: Unpack[GuardOptions],

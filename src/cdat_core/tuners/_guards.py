@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from cdat_core._arrays import cast, counter, filled, namespace
 from cdat_core._types import Scalar
 from cdat_core._validation import at_least_one, optional, positive
 from cdat_core.tuners._base import RateState
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class GuardOptions(TypedDict, total=False):
@@ -37,6 +41,42 @@ class GuardOptions(TypedDict, total=False):
     initial_learning_rate: Any
     max_growth: Any
     max_learning_rate: Any
+
+
+def name_guards(function: Function) -> Function:
+    """Show the guards by name in the signature of a function that takes ``**guards``.
+
+    ``help``, editors and ``optax.inject_hyperparams`` read the signature.
+
+    Parameters
+    ----------
+    function : callable
+        It takes ``**guards: Unpack[GuardOptions]``.
+
+    Returns
+    -------
+    callable
+        The same function.
+
+    Examples
+    --------
+    >>> import inspect
+    >>> from cdat_core.extend import name_guards
+    >>> @name_guards
+    ... def careful(sigma=1.9, **guards): ...
+    >>> list(inspect.signature(careful).parameters)
+    ['sigma', 'initial_learning_rate', 'max_growth', 'max_learning_rate']
+    """
+    signature = inspect.signature(function)
+    kinds = inspect.Parameter
+    named = [p for p in signature.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
+    guards = [
+        kinds(name, kinds.KEYWORD_ONLY, default=None, annotation="Any")
+        for name in GuardOptions.__annotations__
+    ]
+    shown = signature.replace(parameters=[*named, *guards])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    return function
 
 
 class Guards(NamedTuple):

@@ -8,7 +8,7 @@ from cdat_core import _validation
 from cdat_core._arrays import cast, counter, namespace
 from cdat_core._types import Measurement, Scalar
 from cdat_core.tuners._base import Tuner, from_rule
-from cdat_core.tuners._guards import GuardOptions, Guards
+from cdat_core.tuners._guards import GuardOptions, Guards, name_guards
 
 
 class CDATState(NamedTuple):
@@ -150,6 +150,7 @@ def _averaged(sigma: Any, decay: Any, eps: Any, guards: Guards) -> Tuner[CDATSta
     return from_rule(init, rule, needs=("slope", "curvature"))
 
 
+@name_guards
 def quadratically_greedy(
     decay: Any = 0.0,
     eps: Any = 0.0,
@@ -187,6 +188,7 @@ def quadratically_greedy(
     return cdat(1.0, decay, eps, **guards)
 
 
+@name_guards
 def on_edge(
     decay: Any = 0.0,
     eps: Any = 0.0,
