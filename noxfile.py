@@ -40,13 +40,13 @@ QUICK = (
     "core/test_lanczos.py",
     "jax/test_curvature.py",
     "jax/test_transform.py",
-    "torch/replay/test_rules.py",
-    "torch/test_checkpoint.py",
+    "torch/replay/test_rules.py::test_slope_and_curvature_are_exact",
+    "torch/test_checkpoint.py::test_resume_is_bit_exact",
     "torch/test_curvature.py",
     "torch/test_optimizer.py",
-    "parity/test_quadratics.py",
+    "parity/test_quadratics.py::test_measurement_equals_the_closed_form",
     "parity/test_rules.py",
-    "parity/test_tanh_network.py",
+    "parity/test_tanh_network.py::test_measurements_of_both_adapters_equal_each_other",
 )
 """Where most faults show first: the laws of tuners, exact measurements, and that backends agree."""
 
