@@ -32,7 +32,8 @@ ENVIRONMENTS = {
     "torch": (".[torch]", "test"),
     "all": (".[all]", "test", "lab", "embedding", "jax_ecosystem", "types", "docs"),
 }
-TESTS = ("core", "jax", "torch", "distributed", "parity", "embedding", "lab")
+FOLDERS = ("core", "jax", "torch", "distributed", "parity", "embedding", "lab")
+TESTS = tuple(f"tests/{folder}" for folder in FOLDERS)
 QUICK = (
     "core/test_imports.py",
     "core/test_tuner_laws.py",
@@ -210,16 +211,18 @@ def quick(session: nox.Session) -> None:
 @session_in("all", default=False)
 def full(session: nox.Session) -> None:
     """Run every test with every combination of its parameters."""
-    for folder in TESTS:
-        pytest(session, "--full", "--dist=loadscope", f"tests/{folder}")
+    options = ("--numprocesses=2", "--dist=loadscope", "--full")
+    for folder in session.posargs or TESTS:
+        run(session, "pytest", *options, folder)
 
 
 @session_in("all", default=False)
 def coverage(session: nox.Session) -> None:
     """Measure the coverage of the default tests; below today's figure it fails."""
     run(session, "coverage", "erase")
-    for folder in TESTS:
-        pytest(session, "--cov", "--cov-append", "--cov-report=", f"tests/{folder}")
+    options = ("--numprocesses=2", "--dist=loadscope", "--cov", "--cov-append", "--cov-report=")
+    for folder in session.posargs or TESTS:
+        run(session, "pytest", *options, folder)
     run(session, "coverage", "report")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -66,8 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.workeroutput["left_out"] = len(left_out)
 
 
-def _parameters(item: pytest.Item) -> dict[str, tuple[int, ...]]:
-    """Return the identity of each value; the arguments of one ``parametrize`` count as one."""
+def _parameters(item: pytest.Item) -> dict[str, tuple[Hashable, ...]]:
+    """Return the value of each parameter; the arguments of one ``parametrize`` count as one."""
     callspec: Any = getattr(item, "callspec", None)
     if callspec is None:
         return {}
@@ -76,10 +77,16 @@ def _parameters(item: pytest.Item) -> dict[str, tuple[int, ...]]:
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         for name in names.split(",") if isinstance(names, str) else names:
             row[name.strip()] = str(names)
-    values: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    values: dict[str, tuple[Hashable, ...]] = defaultdict(tuple)
     for name, value in sorted(callspec.params.items(), key=lambda parameter: parameter[0]):
-        values[row.get(name, name)] += (id(value),)
+        values[row.get(name, name)] += (_key(value),)
     return dict(values)
+
+
+def _key(value: object) -> Hashable:
+    """Return what tells two values of a parameter apart."""
+    plain = isinstance(value, str | bytes | int | float | complex | tuple | None)
+    return (type(value), repr(value)) if plain else id(value)
 
 
 @pytest.hookimpl(optionalhook=True)
