@@ -39,24 +39,24 @@ class TunedOptimizer(Optimizer):
 
         loss = optimizer.step(lambda: F.cross_entropy(model(x), y))
 
-    On wrapping, ``group["lr"]`` becomes a multiplier: the group's learning rate over the default of
-    the base, so 1.0 unless groups differ. Attach learning-rate schedulers to the wrapper: they
-    drive that multiplier. The tuned rate, before the multiplier, is ``group["tuned_lr"]``. The
-    measured direction weighs the groups by their multipliers at wrapping; the factors of a
-    scheduler are applied after tuning.
+    On wrapping, ``group["lr"]`` becomes a multiplier: the group's learning rate divided by the
+    default of the base, so 1.0 unless groups differ. The tuned rate, before the multiplier, is
+    ``group["tuned_lr"]``. Attach learning-rate schedulers to the wrapper: they change the
+    multiplier. A tuner measures with the multipliers at wrapping, and later changes scale the step;
+    a line search tries the scaled step itself.
 
     If loss, gradient or curvature is not finite the step is skipped: parameters, the state of the
-    base and the averages of the tuner stay as they are, and the count in `last` grows. The test of
-    loss and gradient reads one number from the device in each step.
+    base and the averages of the tuner stay as they are, and ``last.skipped`` goes up by one. For
+    that each step waits for the device.
 
     Trainers, clipping and accumulation need no closure: call `backward` instead of
     ``loss.backward()``, then ``step()``.
 
     With several processes (``torch.distributed``) each evaluates the loss of its part of the batch,
     and the optimizer averages gradients, loss, slope and curvature; all take the same step, bit for
-    bit. The model may be wrapped in DistributedDataParallel, whose own all-reduce is then not used,
-    in ``fully_shard``, or be tensor parallel. If the parts are unequal, weigh their losses so that
-    the mean is the loss of the whole batch.
+    bit. The model may use DistributedDataParallel (its own all-reduce is skipped), ``fully_shard``
+    or tensor parallelism. If the parts are unequal, weigh their losses so that the mean is the loss
+    of the whole batch.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class TunedOptimizer(Optimizer):
     curvature : str
         How the curvature is computed; see `cdat_torch.measure`.
     every : int
-        Measure curvature and sharpness every so many steps and hold the rate in between; the step
+        Measure curvature and sharpness once in `every` steps and hold the rate in between; the step
         after a skipped one measures.
     sharpness_matvecs : int
         Hessian-vector products for the sharpness, if the tuner needs it, in each step that
@@ -80,8 +80,8 @@ class TunedOptimizer(Optimizer):
         is the largest eigenvalue of ``P^-1/2 H P^-1/2``. It is called after the base has updated
         its state. By default P is ``sqrt(v_hat) + eps`` for Adam and AdamW, else the identity.
     max_consecutive_skips : int, optional
-        Raise a RuntimeError after so many skipped steps in a row. This reads one more number from
-        the device in each step. By default there is no limit.
+        Raise a RuntimeError after this many consecutive skipped steps. Each step then waits for the
+        device once more. By default there is no limit.
     process_group : torch.distributed.ProcessGroup or False, optional
         The processes that train replicas of the model; by default all, if ``torch.distributed`` is
         initialised. False means this process alone.
@@ -101,7 +101,8 @@ class TunedOptimizer(Optimizer):
     Examples
     --------
     >>> import torch
-    >>>     >>> from cdat_torch import TunedOptimizer
+    >>> from cdat_core import tuners
+    >>> from cdat_torch import TunedOptimizer
     >>> w = torch.zeros(2, requires_grad=True)
     >>> optimizer = TunedOptimizer(torch.optim.SGD([w]), tuners.cdat(sigma=1.0))
     >>> loss = optimizer.step(lambda: ((w - 3.0) ** 2).sum())
@@ -134,8 +135,9 @@ class TunedOptimizer(Optimizer):
         )
         skips = SkipCount(first.device, max_consecutive_skips)
         multipliers = [groups.multiplier(group, base.defaults) for group in base.param_groups]
-        # Nothing has changed up to here. Optimizer.__init__ would replace groups and state, which
-        # this wrapper shares with its base; __setstate__ only sets up the hooks.
+        # Up to here `base` is unmodified, so an error leaves it usable. Optimizer.__init__ would
+        # replace groups and state, which this wrapper shares with its base; __setstate__ only sets
+        # up the hooks.
         self.base = base
         self.defaults = {**base.defaults, "lr": 1.0}
         self.__setstate__({})
@@ -158,7 +160,7 @@ class TunedOptimizer(Optimizer):
         return self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but graphs, for copies and pickles."""
+        """Return the attributes for copies and pickles, without the graphs of micro-batches."""
         return {**self.__dict__, "_micro_batches": MicroBatches()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -194,13 +196,13 @@ class TunedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; everything is checked before anything changes.
 
-        The state of a plain optimizer loads too, with a warning: the tuner then starts anew and the
+        The state of a plain optimizer loads too, with a warning: the tuner then starts cold and the
         multipliers stay as they are.
 
         Parameters
         ----------
         state_dict : dict
-            The state of an optimizer that was built alike.
+            The state of an optimizer with the same base class, tuner and parameter shapes.
 
         Raises
         ------
@@ -217,7 +219,7 @@ class TunedOptimizer(Optimizer):
             group["tuned_lr"] = self._rate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what `backward` has kept for a step that did not come."""
+        """Clear the gradients, and discard the losses given to `backward` since the last step."""
         self._micro_batches.free()
         self._micro_batches = MicroBatches()
         reshard(self._trainable())
@@ -248,23 +250,24 @@ class TunedOptimizer(Optimizer):
             If the loss is not a scalar with a graph, or if the line search or the method for the
             curvature needs a closure.
         """
-        again = self._rule.needs_closure
-        if again is not None:
+        reason = self._rule.closure_reason
+        if reason is not None:
             msg = (
-                f"{again} evaluates the loss again: pass a closure to step() instead of backward()"
+                f"{reason} evaluates the loss again: pass a closure to step() instead of backward()"
             )
             raise ValueError(msg)
         params, batches = self._trainable(), self._micro_batches
         with defer_interrupts():
             try:
-                methods = batches.methods or self._rule.methods_now
+                methods = self._rule.methods_now
                 batches.add(loss, params, methods=methods, scaler=scaler, sync=sync)
             finally:
                 reshard(params)  # so that model.parameters() has the gradients, for clipping
             batches.reduced = self._replicas.size == 1
             if sync and not batches.reduced:
                 assert batches.value is not None
-                batches.reduce_value(self._replicas.average_gradients(params, batches.value))
+                batches.value = self._replicas.average_gradients(params, batches.value)
+                batches.reduced = True
 
     @overload  # type: ignore[override]
     def step(self, closure: Callable[[], Any]) -> Tensor: ...
@@ -297,11 +300,12 @@ class TunedOptimizer(Optimizer):
 
         Notes
         -----
-        A step is atomic. If the closure raises in any call, or on Ctrl-C, parameters, ``.grad``,
-        the state of the base, averages, buffers and random state are as before, bit for bit, except
-        buffers that compiled modules changed in the first call. To that end the step keeps earlier
-        gradients in memory; `zero_grad` before it saves that.
+        A step is atomic. If the closure raises in any call, or Ctrl-C arrives, everything is
+        restored bit for bit: parameters, ``.grad``, the state of the base, averages, buffers and
+        the random state. The exception are buffers that compiled modules changed in the first call.
+        For this the old ``.grad`` is kept in memory; call `zero_grad` first to avoid that.
         """
+        # Without a closure nothing is evaluated here that would have to be restored.
         params = [] if closure is None else self._trainable()
         with restore_on_error(params) as effects, torch.no_grad():
             try:
@@ -309,25 +313,31 @@ class TunedOptimizer(Optimizer):
                 if evaluation is None:
                     self.base.step()
                     return None
-                value = self._advance(evaluation)
+                self._advance(evaluation)
             finally:
                 self._micro_batches = MicroBatches()
                 reshard(self._trainable())
         self._skips.raise_if_too_many()
-        if isinstance(evaluation, ClosureLoss) and value is not None:
-            return value.to(evaluation.loss.dtype)
-        return value
+        if isinstance(evaluation, ClosureLoss):
+            return evaluation.value.to(evaluation.loss.dtype)
+        return evaluation.value
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _evaluate(self, closure: Callable[[], Any] | None, effects: SideEffects) -> StepLoss | None:
-        """Return loss and gradient, the latter in ``p.grad`` too; None if the base steps alone."""
+        """Return the loss and its gradient, means over all processes; the latter is in ``p.grad``.
+
+        Return None if all multipliers are 0 and there is no loss: the base then steps alone.
+        """
         if closure is not None:
             if self._micro_batches:
                 msg = "step got a closure after backward(): use one of the two"
                 raise TypeError(msg)
-            return closure_loss(closure, self._trainable(), self._rule.methods_now, effects)
+            params = self._trainable()
+            evaluation = closure_loss(closure, params, self._rule.methods_now, effects)
+            evaluation.value = self._replicas.average_gradients(params, evaluation.value)
+            return evaluation
         if self._micro_batches:
             if not self._micro_batches.reduced:
                 msg = "the last backward() before a step must have sync=True"
@@ -339,52 +349,41 @@ class TunedOptimizer(Optimizer):
             return PlainGradient([p for p in self._trainable() if p.grad is not None])
         msg = (
             "step needs the loss: pass a closure that returns it, or call optimizer.backward(loss) "
-            f"instead of loss.backward(), got closure={closure!r}"
+            "instead of loss.backward()"
         )
         raise TypeError(msg)
 
-    def _advance(self, evaluation: StepLoss) -> Tensor | None:
+    def _advance(self, evaluation: StepLoss) -> None:
         """Ask the base for the direction and the tuner for the rate, and move."""
         value = evaluation.value
-        if isinstance(evaluation, ClosureLoss):
-            value = self._replicas.average_gradients(self._trainable(), evaluation.value)
         params = [p for p in self._trainable() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        decision: Decision | None
-        if not all_finite([*([] if value is None else [value]), *grads]):
-            self._rule.miss()
+        if not all_finite(grads if value is None else [value, *grads]):
+            self._rule.measure_next()
             decision = Decision.skipped(self._rate)
         else:
-            decision = self._rule.step_held(self.base, self._rate, replicas=self._replicas)
-            if decision is None:
-                decision = self._measure_and_move(evaluation, value, params)
+            held = self._rule.try_held_step(self.base, self._rate, replicas=self._replicas)
+            decision = held or self._measure_and_move(evaluation, params)
         self._rate = decision.rate
         self._skips.add(decision.skip)
         for group in self.param_groups:
             group["tuned_lr"] = decision.rate
         self.last = decision.info(value, self._skips.total)
-        return value
 
-    def _measure_and_move(
-        self, evaluation: StepLoss, value: Tensor | None, params: list[Tensor]
-    ) -> Decision:
+    def _measure_and_move(self, evaluation: StepLoss, params: list[Tensor]) -> Decision:
         """Let the base propose its step, measure along it, and move at the tuned rate."""
         rule = self._rule
-        proposed = BaseStep(
+        may_fail = rule.measures or rule.closure_reason is not None or self._replicas.size > 1
+        step = BaseStep(
             self.base,
             params,
-            reversible=bool(rule.measures or rule.needs_closure or self._replicas.size > 1),
+            reversible=may_fail,
             needs_state=rule.tracker is not None,
-            along_step=rule.measures_scheduled_step,
+            along_step=rule.along_step,
         )
-        with proposed as step:  # an error in here rolls it back
+        with step:  # an error in here rolls it back
             decision = rule.choose(
-                evaluation,
-                value,
-                params,
-                step.direction,
-                present=self._rate,
-                replicas=self._replicas,
+                evaluation, params, step.direction, present=self._rate, replicas=self._replicas
             )
         step.commit(decision.rate, skip=decision.skip)
         return decision

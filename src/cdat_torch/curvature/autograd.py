@@ -21,7 +21,7 @@ Kernels = Callable[[], AbstractContextManager[None]]
 
 
 class Differentiated(NamedTuple):
-    """A loss and its first derivative.
+    """The first derivative of a loss.
 
     Attributes
     ----------

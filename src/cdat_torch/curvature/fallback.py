@@ -2,13 +2,12 @@
 
 `Methods` is the list to try, in order. Only once a graph exists can we tell whether it can be
 replayed. If not, the loss is evaluated once more for the next method, which then stays in use. With
-several processes the loss is evaluated only once: its forward pass may need all of them, while
-perhaps only one has a graph that cannot be replayed. Its kernels then suit double backward too.
+several processes the loss is evaluated only once, with kernels that suit double backward too: the
+forward pass may be collective, and perhaps only one rank has a graph that cannot be replayed.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -119,31 +118,33 @@ class Methods:
         return Methods(tuple(other for other in self.names if other != name))
 
     def fall_back(self, error: Exception) -> Methods:
-        """Return the methods after the one in use and tell the user; raise `error` if none is left.
+        """Return the methods after the one in use, with a warning or a log entry.
 
         Parameters
         ----------
         error : Exception
-            Why the method in use does not work.
+            Why the method in use does not work. It is raised if no other method is left.
         """
         if len(self.names) <= 1:
             raise error
         rest = Methods(self.names[1:])
         reason, following = first_line(error), rest.names[0]
         following = _DESCRIPTIONS.get(following, following)
+        current = _DESCRIPTIONS.get(self.names[0], self.names[0])
         if isinstance(error, Mismatch):
             warn(
                 f"the autograd graph was not replayed exactly ({reason}); the curvature comes from "
                 f"{following} instead. Please report this with the operation"
             )
         elif isinstance(error, Unsupported):
-            logger.log(
-                logging.INFO,
+            logger.info(
                 "the autograd graph cannot be replayed (%s); the curvature comes from %s instead, "
                 "which costs more",
                 reason,
                 following,
             )
+        elif rest.names[0] != "finite_difference":
+            warn(f"{current} failed ({reason}); the curvature comes from {following} instead")
         else:
             warn(
                 f"the loss has an operation without a second derivative ({reason}); the curvature "
@@ -160,7 +161,7 @@ class Methods:
                 return compute(methods.current), methods
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 methods = methods.fall_back(error)
 
 
@@ -196,7 +197,7 @@ def evaluate_with_fallback(
     """
     several = several_processes()
     if several:
-        methods = methods.without(REPLAYED_GAUSS_NEWTON)  # the other one evaluates the model again
+        methods = methods.without(REPLAYED_GAUSS_NEWTON)  # plain gauss_newton runs its own pass
     while True:
         kernels = methods.current.kernels
         if several and methods.current.record:

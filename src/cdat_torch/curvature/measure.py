@@ -1,10 +1,10 @@
 """Slope and curvature of a PyTorch loss along a direction.
 
-There are two exact methods. One replays the autograd graph that the loss has just built. The other
-is double backward: the gradient is taken with ``create_graph=True``, and the product with the
-Hessian is one more reverse pass. Nested forward-mode differentiation is never used: in PyTorch it
-silently drops terms in normalisation layers (pytorch/pytorch issues 196699, 196700, 198017).
-`cdat_torch.curvature.methods` holds all methods.
+Two methods give the exact curvature of the Hessian. One replays the autograd graph that the loss
+has just built. The other is double backward: the gradient is taken with ``create_graph=True``, and
+the product with the Hessian is one more reverse pass. Nested forward-mode differentiation is never
+used: in PyTorch it silently drops terms in normalisation layers (pytorch/pytorch issues 196699,
+196700, 198017). `cdat_torch.curvature.methods` holds all methods.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def measure(
     curvature : str
         How to compute the curvature:
 
-        - "auto": the first of "replay", "hvp" and "finite_difference" that works; a warning says
-          so where an operation has no second derivative;
+        - "auto": the first of "replay", "hvp" and "finite_difference" that works; it warns if it
+          has to use finite differences;
         - "replay": <u, H u> by carrying u through the graph that the loss has built, exact and the
           cheapest; a RuntimeError names an operation that it does not know;
         - "hvp": <u, H u> by double backward, exact ("hessian" is the old, deprecated name);
@@ -63,7 +63,7 @@ def measure(
     TypeError, ValueError
         If the loss is not a scalar tensor with a graph, or the arguments do not match.
     RuntimeError
-        If the loss cannot be differentiated as the method demands.
+        If the method does not work for an operation of the loss and there is none to fall back on.
 
     Notes
     -----
@@ -72,8 +72,8 @@ def measure(
     "gauss_newton" use kernels that can be differentiated twice: scaled dot-product attention runs
     its math kernel, recurrent layers run their native one, and modules under ``torch.compile`` run
     uncompiled. With "hvp" this is the forward pass of the training step; with "gauss_newton" it is
-    a separate pass, whose side effects are undone. The logger "cdat_torch" says so once, at level
-    INFO.
+    a separate pass, whose side effects are undone. A message of the logger "cdat_torch" at level
+    INFO says once that the kernels change.
 
     A custom ``torch.autograd.Function`` must have a differentiable backward for "hvp", and a
     ``jvp`` or a differentiable backward for "gauss_newton". A backward marked
@@ -113,7 +113,9 @@ def measure(
             w, u = [variables[i] for i in present], [direction[i] for i in present]
             g = [grad for grad in grads if grad is not None]
             evaluated = EvaluatedLoss(loss_fn, loss, g, w, u, effects.start, recording)
-            (slope, second), _ = methods.first_that_works(lambda method: method.along(evaluated))
+            (slope, second), _ = methods.first_that_works(
+                lambda method: method.slope_and_curvature(evaluated)
+            )
             scalars = [loss.detach().to(slope), slope, second]
             return cdat_core.Measurement(*fsdp.average(params, scalars))
     finally:

@@ -1,7 +1,9 @@
 """The methods for a directional curvature, behind one interface.
 
-A `Method` says what the evaluation of the loss must keep, checks that a loss suits it, and turns an
-`EvaluatedLoss` into <g, u> and <u, C u>. To add a method, write it here and name it in `BY_NAME`.
+A `Method` says what the evaluation of the loss must keep, checks that a loss suits it, and turns
+an `EvaluatedLoss` into <g, u> and <u, C u>, where C is the Hessian H or the Gauss-Newton matrix. To
+add a method, write it here and name it in `BY_NAME`. What ``curvature=...`` may be, and which
+methods it stands for, is in `cdat_torch.curvature.fallback`.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def gradients_with_graph(loss: Tensor, variables: Sequence[Tensor]) -> list[Tens
 
 
 class Method(Protocol):
-    """A method for <u, C u>."""
+    """A method for <u, C u>, where C is the Hessian H or the Gauss-Newton matrix."""
 
     @property
     def kernels(self) -> Kernels:
@@ -101,7 +103,7 @@ class Method(Protocol):
     def check(self, loss_fn: Any, argument: str) -> None:
         """Raise a TypeError if the method cannot use this kind of loss."""
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, C u>, 0-d float64 tensors."""
 
 
@@ -115,7 +117,7 @@ class NoCurvature:
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Raise: nothing was kept to compute a curvature from."""
         msg = "the loss was evaluated without its curvature"
         raise NotImplementedError(msg)
@@ -131,7 +133,7 @@ class Replay:
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u>; raise `Mismatch` if the replayed <g, u> differs."""
         assert evaluated.recording is not None
         u = dict(zip(evaluated.params, evaluated.direction, strict=True))
@@ -150,7 +152,7 @@ class DoubleBackward:
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u>.
 
         Raises
@@ -173,7 +175,7 @@ class DoubleBackward:
 
 
 class ReplayedGaussNewton(Replay):
-    """The replay with a model that counts as linear: <Ju, H_loss Ju>."""
+    """The replay, treating the model as linear: <Ju, H_loss Ju>."""
 
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept a `CompositeLoss` only."""
@@ -197,9 +199,8 @@ class GaussNewton:
             )
             raise TypeError(msg)
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <Ju, H_loss Ju>."""
-        self.check(evaluated.loss_fn, "loss_fn")
         loss_fn = evaluated.loss_fn
         assert isinstance(loss_fn, CompositeLoss)
         curvature = gauss_newton_curvature(
@@ -218,7 +219,7 @@ class FiniteDifference:
     def check(self, loss_fn: Any, argument: str) -> None:
         """Accept every loss."""
 
-    def along(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, evaluated: EvaluatedLoss) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u> by a central difference; two more evaluations of the loss."""
         space, h = TensorListSpace(), self._displacement(evaluated)
         forward, backward = self._changes(
@@ -248,8 +249,8 @@ class FiniteDifference:
     ) -> tuple[T, T]:
         """Return ``keep(g(here + h u) - g(here))`` and ``keep(g(here - h u) - g(here))``.
 
-        The difference of two slopes would be mostly rounding error; the difference of gradients is
-        taken first.
+        Gradients are subtracted before their inner product with u: a difference of two slopes would
+        lose most digits.
         """
         here = [p.detach().clone() for p in evaluated.params]
 
@@ -266,8 +267,8 @@ class FiniteDifference:
             loss = evaluate(evaluated.loss_fn, "loss_fn")
             found = list(differentiate(loss, evaluated.params).grads)
         change = []
-        for here_g in evaluated.grads:  # frees each gradient of `found` as it goes
-            there_g = found.pop(0)
+        for here_g in evaluated.grads:
+            there_g = found.pop(0)  # so that each gradient is freed after its subtraction
             change.append(-here_g.detach() if there_g is None else there_g - here_g.detach())
         return change
 

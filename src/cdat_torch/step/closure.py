@@ -35,6 +35,7 @@ def evaluate_closure(closure: Any, params: Sequence[Tensor], kernels: Kernels) -
 
     def checked() -> Tensor:
         loss = loss_fn()
+        # Zeros are no sign of backward: zero_grad(set_to_none=False) leaves them too.
         if any(p.grad is not None and bool(torch.any(p.grad != 0)) for p in params):
             msg = (
                 "closure must return the loss without calling backward, but it changed p.grad;"
@@ -74,18 +75,18 @@ def closure_loss(
     )
     for p, g in zip(params, reduce_scatter(params, variables, grads), strict=True):
         p.grad = g
-    gradient = Gradient.known(params, variables, grads)
+    gradient = Gradient.without_unused(params, variables, grads)
     return ClosureLoss(closure, effects.start, loss, gradient, methods, recording)
 
 
 def _refuse_grad_scaler() -> None:
     """Raise if ``GradScaler.step`` passed the closure on: it cannot scale the closure's loss.
 
-    It hands a closure on without a word, so only the callers of this step tell.
+    GradScaler passes the closure through unchanged, so the call stack is the only sign.
     """
     step = torch.amp.GradScaler.step.__code__
     frame = sys._getframe(1)
-    for _ in range(12):
+    for _ in range(12):  # GradScaler is about six frames up, with the wrappers of Optimizer.step
         if frame.f_back is None:
             return
         frame = frame.f_back

@@ -24,18 +24,19 @@ from cdat_torch.side_effects import RandomState
 from cdat_torch.spaces import TensorListSpace, scalar_dtype
 
 Direction: TypeAlias = dict[Tensor, Tensor]
-"""u by variable; the variables are what the loss was differentiated with respect to."""
+"""Maps each parameter, or each tensor that the loss was differentiated by, to its part of u."""
 
 
 class Gradient(NamedTuple):
-    """The gradient of one loss.
+    """The gradient of one loss, without the parameters that the loss does not use.
 
     Attributes
     ----------
     params : list of Tensor
         The parameters of the optimizer.
     variables : list of Tensor
-        The tensors that the loss was computed with: the parameters, or what modules unsharded.
+        The tensors that the loss was differentiated by: the parameters, or their unsharded copies
+        under ``fully_shard``.
     grads : list of Tensor
         With respect to `variables`.
     """
@@ -45,10 +46,10 @@ class Gradient(NamedTuple):
     grads: list[Tensor]
 
     @classmethod
-    def known(
+    def without_unused(
         cls, params: Sequence[Tensor], variables: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Gradient:
-        """Return the gradient with respect to what the loss depends on."""
+        """Return the gradient without the entries that are None."""
         found = cls([], [], [])
         for p, v, g in zip(params, variables, grads, strict=True):
             if g is not None:
@@ -64,18 +65,18 @@ class Gradient(NamedTuple):
 
     @contextmanager
     def suitable(self, methods: Methods) -> Iterator[Methods]:
-        """Give the methods that suit the variables: only exact ones if some were unsharded.
+        """Give the methods that suit the variables: no finite differences if some are unsharded.
 
-        Finite differences do not suit these: the modules would undo a displacement.
+        Unsharding again would overwrite the displaced values.
         """
         try:
             yield methods.without("finite_difference") if self.unsharded else methods
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if self.unsharded:
                 error.add_note('for modules under fully_shard pass curvature="finite_difference"')
             raise
 
-    def along(self, direction: Direction) -> Direction:
+    def by_variable(self, direction: Direction) -> Direction:
         """Return u by variable, given u by parameter."""
         if not self.unsharded:
             return direction
@@ -88,10 +89,10 @@ class Gradient(NamedTuple):
         means = reduce_scatter(self.params, self.variables, vector)
         return {p: h for p, h in zip(self.params, means, strict=True) if h is not None}
 
-    def slope(self, along: Direction) -> Tensor:
-        """Return <g, u>."""
-        u = [along[v] for v in self.variables]
-        return TensorListSpace().vdot([g.detach() for g in self.grads], u)
+    def slope(self, u: Direction) -> Tensor:
+        """Return <g, u>, with u by variable."""
+        grads = [g.detach() for g in self.grads]
+        return TensorListSpace().vdot(grads, [u[v] for v in self.variables])
 
 
 class StepLoss(Protocol):
@@ -102,85 +103,106 @@ class StepLoss(Protocol):
         """The loss, detached; None if it is not known."""
         ...
 
-    def along(self, direction: Direction) -> Direction:
-        """Return u by variable, as `slope` and `model` take it, given u by parameter."""
-        ...
-
     @property
     def methods(self) -> Methods:
         """The methods that are left to measure the curvature."""
         ...
 
-    def slope(self, along: Direction) -> Tensor:
-        """Return <g, u>, with the gradient as it was before any clipping."""
+    def by_variable(self, direction: Direction) -> Direction:
+        """Return u by variable, given u by parameter."""
         ...
 
-    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
-        """Return <g, u> and <u, H u>."""
+    def slope(self, u: Direction) -> Tensor:
+        """Return <g, u>, with u by variable and the gradient as it was before any clipping."""
+        ...
+
+    def slope_and_curvature(self, u: Direction) -> tuple[Tensor, Tensor]:
+        """Return <g, u> and <u, H u>, with u by variable."""
         ...
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
-        """Return H u by parameter, zero where there is none.
+        """Return H u by parameter, given u by parameter; zero where there is none.
 
         Without `retain_graph` this must be the last product.
         """
         ...
 
 
-@dataclass
 class ClosureLoss:
     """A loss that can be evaluated again.
 
-    `gradient` and `recording` are what the method in use needs. `start` is the random state from
-    which the closure was evaluated.
+    Parameters
+    ----------
+    closure : callable
+        It returned the loss.
+    start : RandomState
+        The random state from which the closure was evaluated.
+    loss : Tensor
+        The loss, with its graph.
+    gradient : Gradient
+        Its gradient, with a graph if ``methods.current`` needs one.
+    methods : Methods
+        The methods for the curvature; empty if it is not measured.
+    recording : Recording or None
+        The recorded backward pass, if ``methods.current`` needs it.
     """
 
-    closure: LossFn
-    start: RandomState
-    loss: Tensor
-    gradient: Gradient
-    methods: Methods = Methods()  # noqa: RUF009 (it is frozen)
-    recording: Recording | None = None
+    def __init__(
+        self,
+        closure: LossFn,
+        start: RandomState,
+        loss: Tensor,
+        gradient: Gradient,
+        methods: Methods,
+        recording: Recording | None,
+    ) -> None:
+        self.closure = closure
+        self.start = start
+        self.loss = loss
+        self.gradient = gradient
+        self.methods = methods
+        self.value = _value(loss)
+        self._recording = recording
 
-    @property
-    def value(self) -> Tensor:
-        """The loss."""
-        return _value(self.loss)
-
-    def along(self, direction: Direction) -> Direction:
+    def by_variable(self, direction: Direction) -> Direction:
         """Return u by variable."""
-        return self.gradient.along(direction)
+        return self.gradient.by_variable(direction)
 
-    def slope(self, along: Direction) -> Tensor:
+    def slope(self, u: Direction) -> Tensor:
         """Return <g, u>."""
-        return self.gradient.slope(along)
+        return self.gradient.slope(u)
 
-    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, u: Direction) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u>."""
-        evaluated = self._evaluated(along)
+        evaluated = self._evaluated(u)
         with torch.enable_grad(), self.gradient.suitable(self.methods) as methods:
-            found, self.methods = methods.first_that_works(lambda method: method.along(evaluated))
+            found, self.methods = methods.first_that_works(
+                lambda method: method.slope_and_curvature(evaluated)
+            )
         return found
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Return H u."""
-        evaluated = self._evaluated(self.along(direction))
+        evaluated = self._evaluated(self.by_variable(direction))
         with torch.enable_grad(), self.gradient.suitable(self.methods) as methods:
             product, self.methods = methods.first_that_works(
                 lambda method: with_product(method).product(evaluated, retain_graph=retain_graph)
             )
         return self.gradient.by_param(product)
 
-    def _evaluated(self, along: Direction) -> EvaluatedLoss:
+    def _evaluated(self, u: Direction) -> EvaluatedLoss:
         _, variables, grads = self.gradient
-        u = [along[v] for v in variables]
+        direction = [u[v] for v in variables]
         return EvaluatedLoss(
-            self.closure, self.loss, grads, variables, u, self.start, self.recording
+            self.closure, self.loss, grads, variables, direction, self.start, self._recording
         )
 
 
-class _Record(NamedTuple):
-    """The loss of one micro-batch, `scale` times itself if a GradScaler is in use."""
+class _MicroBatch(NamedTuple):
+    """The loss of one micro-batch and its gradient.
+
+    Both are multiplied by `scale` if a GradScaler is in use; otherwise that is None.
+    """
 
     loss: Tensor
     gradient: Gradient
@@ -191,18 +213,18 @@ class _Record(NamedTuple):
         """Return a number for the loss itself, given it for the scaled loss."""
         return number if self.scale is None else number / self.scale.to(number)
 
-    def slope(self, along: Direction) -> Tensor:
+    def slope(self, u: Direction) -> Tensor:
         """Return <g, u>."""
-        return self.unscaled(self.gradient.slope(along))
+        return self.unscaled(self.gradient.slope(u))
 
-    def replayed(self, along: Direction) -> tuple[Tensor, Tensor]:
+    def replayed(self, u: Direction) -> tuple[Tensor, Tensor]:
         """Return <g, u> and <u, H u> by the replay; raise `Unsupported` if it does not work."""
         assert self.recording is not None
-        u = {v: along[v] for v in self.gradient.variables}
-        slope, curvature = self.recording.along(self.gradient.grads, u)
+        direction = {v: u[v] for v in self.gradient.variables}
+        slope, curvature = self.recording.along(self.gradient.grads, direction)
         return self.unscaled(slope), self.unscaled(curvature)
 
-    def with_graph(self) -> _Record:
+    def with_graph(self) -> _MicroBatch:
         """Return the same loss with a graph of its gradient instead of a recording."""
         with torch.enable_grad():
             grads = gradients_with_graph(self.loss, self.gradient.variables)
@@ -210,31 +232,30 @@ class _Record(NamedTuple):
 
 
 class MicroBatches:
-    """The losses of the present step, each differentiated when it came.
+    """The losses of the present step, each differentiated as it arrives.
 
     If the curvature is measured their graphs stay until the step, because only then is the
     direction known: the memory is that of the whole batch.
+
+    Attributes
+    ----------
+    value : Tensor or None
+        The sum of the losses; None before the first.
+    reduced : bool
+        Whether gradients and loss are means over all processes.
+    methods : Methods
+        The methods that are left to measure the curvature.
     """
 
     def __init__(self) -> None:
-        self._records: list[_Record] = []
-        self._value: Tensor | None = None
-        self.methods = Methods()
+        self.value: Tensor | None = None
         self.reduced = True
-        """Whether gradients and loss are means over all processes."""
+        self.methods = Methods()
+        self._batches: list[_MicroBatch] = []
 
     def __bool__(self) -> bool:
         """Return whether there is a loss."""
-        return bool(self._records)
-
-    @property
-    def value(self) -> Tensor | None:
-        """The sum of the losses."""
-        return self._value
-
-    def reduce_value(self, mean: Tensor) -> None:
-        """Replace the loss by its mean over all processes."""
-        self._value, self.reduced = mean, True
+        return bool(self._batches)
 
     def add(
         self,
@@ -256,88 +277,91 @@ class MicroBatches:
         scale = None if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
         with torch.enable_grad():
             scaled = loss if scale is None else loss * scale.to(loss.dtype)
+        # Later micro-batches start with the method that the first one has fallen back to.
         (variables, found, recording), self.methods = differentiate_with_fallback(
-            scaled, params, methods, sync=sync
+            scaled, params, self.methods or methods, sync=sync
         )
         with torch.no_grad():
             for p, g in zip(params, reduce_scatter(params, variables, found), strict=True):
                 if g is not None:
                     # A copy: clipping changes p.grad in place, and must not change the graph.
                     p.grad = g.clone() if p.grad is None else p.grad.add_(g)
-            self._value = _value(loss) if self._value is None else self._value + _value(loss)
+            self.value = _value(loss) if self.value is None else self.value + _value(loss)
         root = scaled if self.methods else scaled.detach()
-        gradient = Gradient.known(params, variables, found)
-        self._records.append(_Record(root, gradient, scale, recording))
+        gradient = Gradient.without_unused(params, variables, found)
+        self._batches.append(_MicroBatch(root, gradient, scale, recording))
 
     def free(self) -> None:
-        """Free the graphs, also if the caller still holds the losses."""
-        for record in self._records:  # all at the end: losses may share parts of a graph
-            if record.recording is not None:
-                record.recording.free()
-        self._records = []
+        """Drop the losses, and free what is recorded of their graphs even if the caller holds them.
 
-    def along(self, direction: Direction) -> Direction:
+        All at once, because losses may share parts of a graph.
+        """
+        for batch in self._batches:
+            if batch.recording is not None:
+                batch.recording.free()
+        self._batches = []
+
+    def by_variable(self, direction: Direction) -> Direction:
         """Return u by variable."""
-        records = [record.gradient for record in self._records]
-        return {v: u for gradient in records for v, u in gradient.along(direction).items()}
+        gradients = [batch.gradient for batch in self._batches]
+        return {v: u for gradient in gradients for v, u in gradient.by_variable(direction).items()}
 
-    def slope(self, along: Direction) -> Tensor:
+    def slope(self, u: Direction) -> Tensor:
         """Return the sum of <g, u> over the losses."""
-        return _slope(self._records, along)
+        return _slope(self._batches, u)
 
-    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
+    def slope_and_curvature(self, u: Direction) -> tuple[Tensor, Tensor]:
         """Return the sums of <g, u> and of <u, H u> over the losses."""
         pairs, remaining = [], []
-        for record in self._records:
-            if record.recording is None:
-                remaining.append(record)
+        for batch in self._batches:
+            if batch.recording is None:
+                remaining.append(batch)
                 continue
             try:
-                pairs.append(record.replayed(along))
+                pairs.append(batch.replayed(u))
             except Unsupported as error:
-                if self.methods.current.record:  # else another loss has already fallen back
+                if self.methods.current.record:  # only the first failure changes the method
                     self.methods = self.methods.fall_back(error)
-                remaining.append(record.with_graph())
-        if remaining:  # together, because they may share a graph
-            product = _product(remaining, along, retain_graph=False)
-            curvature = TensorListSpace().vdot([along[v] for v in product], list(product.values()))
-            pairs.append((_slope(remaining, along), curvature))
+                remaining.append(batch.with_graph())
+        if remaining:
+            product = _product(remaining, u, retain_graph=False)
+            curvature = TensorListSpace().vdot([u[v] for v in product], list(product.values()))
+            pairs.append((_slope(remaining, u), curvature))
         self.free()
         slopes, curvatures = zip(*pairs, strict=True)
         return torch.stack(slopes).sum(), torch.stack(curvatures).sum()
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
         """Return the sum of H u over the losses."""
-        product = _product(self._records, self.along(direction), retain_graph=retain_graph)
+        product = _product(self._batches, self.by_variable(direction), retain_graph=retain_graph)
         found: Direction = {}
-        for gradient in (record.gradient for record in self._records):
+        for gradient in (batch.gradient for batch in self._batches):
+            # Not a sum: each entry of `product` is summed over the losses already.
             found |= gradient.by_param([product[v] for v in gradient.variables])
         return found
 
 
-def _slope(records: Sequence[_Record], along: Direction) -> Tensor:
+def _slope(batches: Sequence[_MicroBatch], u: Direction) -> Tensor:
     """Return the sum of <g, u> over the losses."""
-    return torch.stack([r.slope(along) for r in records if r.gradient.grads]).sum()
+    return torch.stack([batch.slope(u) for batch in batches if batch.gradient.grads]).sum()
 
 
-def _product(records: Sequence[_Record], along: Direction, *, retain_graph: bool) -> Direction:
-    """Return H u by variable, summed over the losses; a graph that they share is freed once."""
-    gradients = [record.gradient for record in records]
-    variables = list(dict.fromkeys(v for gradient in gradients for v in gradient.variables))
+def _product(batches: Sequence[_MicroBatch], u: Direction, *, retain_graph: bool) -> Direction:
+    """Return H u by variable, summed over the losses, in one call: they may share a graph."""
+    variables = list(dict.fromkeys(v for batch in batches for v in batch.gradient.variables))
     outputs, vectors = [], []
-    for record in records:
-        for v, g in zip(record.gradient.variables, record.gradient.grads, strict=True):
-            u = along[v]
+    for batch in batches:
+        for v, g in zip(batch.gradient.variables, batch.gradient.grads, strict=True):
             outputs.append(g)
-            vectors.append(u if record.scale is None else u / record.scale.to(u))
+            vectors.append(u[v] if batch.scale is None else u[v] / batch.scale.to(u[v]))
     try:
-        for record in records:
-            refuse_once_differentiable(record.loss)
+        for batch in batches:
+            refuse_once_differentiable(batch.loss)
         with torch.enable_grad():
             product = vector_jacobian(outputs, variables, vectors, retain_graph=retain_graph)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         msg = (
             f"the loss given to backward has no second derivative ({error}); run the model "
             "under cdat_torch.further_differentiable(), or pass a closure "
@@ -352,31 +376,25 @@ class PlainGradient:
     """Gradients in ``p.grad`` of an unknown loss: enough for tuners that need only a slope."""
 
     params: list[Tensor]
-    methods: Methods = Methods()  # noqa: RUF009 (it is frozen)
+    value = None
+    methods = Methods()
 
-    @property
-    def value(self) -> None:
-        """Not known."""
-        return
-
-    def along(self, direction: Direction) -> Direction:
+    def by_variable(self, direction: Direction) -> Direction:
         """Return u as it is."""
         return direction
 
-    def slope(self, along: Direction) -> Tensor:
+    def slope(self, u: Direction) -> Tensor:
         """Return <g, u>."""
-        pairs = [(p.grad, along[p]) for p in self.params if p.grad is not None]
-        return TensorListSpace().vdot([g for g, _ in pairs], [u for _, u in pairs])
+        pairs = [(p.grad, u[p]) for p in self.params if p.grad is not None]
+        return TensorListSpace().vdot([g for g, _ in pairs], [part for _, part in pairs])
 
-    def model(self, along: Direction) -> tuple[Tensor, Tensor]:
-        """Raise: there is no graph."""
-        msg = "no curvature without a loss"
-        raise NotImplementedError(msg)
+    def slope_and_curvature(self, u: Direction) -> tuple[Tensor, Tensor]:
+        """Raise: `TunedOptimizer` asks for a loss if the curvature is needed."""
+        raise NotImplementedError
 
     def product(self, direction: Direction, *, retain_graph: bool) -> Direction:
-        """Raise: there is no graph."""
-        msg = "no product with the Hessian without a loss"
-        raise NotImplementedError(msg)
+        """Raise: `TunedOptimizer` asks for a loss if the curvature is needed."""
+        raise NotImplementedError
 
 
 def _value(loss: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class SkipCount:
         self.total = torch.zeros((), dtype=torch.int32, device=device)
         self._in_a_row = torch.zeros_like(self.total)
 
-    def add(self, skip: Tensor | bool) -> None:
+    def add(self, skip: Tensor) -> None:
         """Count a step, skipped or not."""
         self.total = self.total + skip
         self._in_a_row = (self._in_a_row + 1) * skip
@@ -78,6 +78,7 @@ class SkipCount:
     def load(self, total: int) -> None:
         """Continue from the count of a checkpoint."""
         self.total = torch.full_like(self.total, total)
+        self._in_a_row = torch.zeros_like(self.total)
 
     def raise_if_too_many(self) -> None:
         """Raise a RuntimeError after too many in a row; without a limit nothing is read."""
@@ -91,7 +92,7 @@ class SkipCount:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all entries are finite: the one number a step reads from the device.
+    """Return whether all entries are finite; this waits for the device.
 
     The entries of a sharded tensor in other processes count as well.
     """
@@ -99,7 +100,10 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Test sums first: a finite sum has finite terms; any other sum may just have overflowed."""
+    """Return whether all entries are finite.
+
+    The sums are tested first: finite sums have finite terms. Another sum may just have overflowed.
+    """
     first = tensors[0]
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     total = torch.stack([s.detach().to(first.device, scalar_dtype(first.device)) for s in sums])

@@ -26,12 +26,12 @@ from cdat_torch.step.info import Decision
 class SearchRule:
     """A line search, which evaluates the closure again for each trial."""
 
-    measures_scheduled_step = True
-    """The search looks along the step that is taken, with the factors of a scheduler."""
+    along_step = True
+    """The search looks along the actual step, with the factors of a scheduler."""
     methods_now = Methods()
     measures = False
-    holds = False
-    needs_closure = "a line search"
+    keeps_rate = False
+    closure_reason = "a line search"
     needs_loss = True
     tracker = None
     state: Any = None
@@ -43,16 +43,15 @@ class SearchRule:
     def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
         """Do nothing: a search has no state between steps."""
 
-    def miss(self) -> None:
+    def measure_next(self) -> None:
         """Do nothing."""
 
-    def step_held(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
+    def try_held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
         """Do nothing: each step looks for a rate."""
 
     def choose(
         self,
         evaluation: StepLoss,
-        value: Tensor | None,
         params: Sequence[Tensor],
         direction: Sequence[Tensor],
         *,
@@ -64,9 +63,7 @@ class SearchRule:
         Parameters
         ----------
         evaluation : StepLoss
-            Loss and gradient of this process, from a closure.
-        value : Tensor or None
-            The loss of all processes.
+            The loss of the step, from a closure, and the gradient of this process.
         params, direction : sequence of Tensor
             The parameters that have a gradient, and the step at rate 1.
         present : Tensor
@@ -76,10 +73,10 @@ class SearchRule:
         """
         assert isinstance(evaluation, ClosureLoss)
         space = TensorListSpace()
-        along = evaluation.along(dict(zip(params, direction, strict=True)))
-        (slope,) = replicas.mean([evaluation.slope(along)])
+        u = evaluation.by_variable(dict(zip(params, direction, strict=True)))
+        (slope,) = replicas.mean([evaluation.slope(u)])
         here = [p.detach().clone() for p in params]
-        trial = self._search.init(Measurement(value, slope, None), present, present)
+        trial = self._search.init(Measurement(evaluation.value, slope, None), present, present)
         while not bool(trial.done):
             told = evaluate_trial(
                 evaluation.closure,

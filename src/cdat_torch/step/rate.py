@@ -21,14 +21,14 @@ from cdat_torch.base.rehearsal import step_at
 from cdat_torch.curvature.fallback import Methods
 from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.step.checkpoint import SavedTuner, restore
-from cdat_torch.step.evaluation import StepLoss
+from cdat_torch.step.evaluation import Direction, StepLoss
 from cdat_torch.step.info import Decision
 from cdat_torch.step.line_search import SearchRule
 from cdat_torch.step.sharpness import SharpnessTracker
 
 
 class TunerRule:
-    """A tuner with its state; it measures curvature and sharpness every so many steps.
+    """A tuner with its state; it measures curvature and sharpness once in `every` steps.
 
     Parameters
     ----------
@@ -37,14 +37,14 @@ class TunerRule:
     like : Tensor
         A 0-d tensor that fixes dtype and device of the state.
     curvature : str
-        How to compute the curvature; `methods` are the methods that are left.
+        How to compute the curvature. The attribute `methods` shrinks when a method fails.
     every : int
         Steps from one measurement to the next.
     tracker : SharpnessTracker
         It measures the sharpness. The attribute `tracker` is None if the tuner needs none.
     """
 
-    measures_scheduled_step = False
+    along_step = False
     """The direction is measured without the factors of a scheduler."""
 
     def __init__(
@@ -57,12 +57,15 @@ class TunerRule:
         tracker: SharpnessTracker,
     ) -> None:
         self.tracker = tracker if "sharpness" in tuner.needs else None
-        self.methods = (Methods.with_product if self.tracker else Methods.named)(curvature)
+        if self.tracker is None:
+            self.methods = Methods.named(curvature)
+        else:
+            self.methods = Methods.with_product(curvature)
         self._tuner = tuner
         self._every = validation.count("every", every)
         self._needs_curvature = "curvature" in tuner.needs
         self._needs_graph = self._needs_curvature or self.tracker is not None
-        self.needs_value = "value" in tuner.needs
+        self._needs_value = "value" in tuner.needs
         self.until_refresh = 0
         self.state: Any = tuner.init(torch.zeros_like(like))
         self._like = like
@@ -83,7 +86,7 @@ class TunerRule:
         return self._needs_graph and self.until_refresh == 0
 
     @property
-    def needs_closure(self) -> str | None:
+    def closure_reason(self) -> str | None:
         """What evaluates the loss again and so needs a closure; None if nothing does."""
         if not self._needs_graph or "hvp" in self.methods or "replay" in self.methods:
             return None
@@ -92,7 +95,7 @@ class TunerRule:
     @property
     def needs_loss(self) -> bool:
         """Whether a gradient alone is not enough."""
-        return self._needs_graph or self.needs_value
+        return self._needs_graph or self._needs_value
 
     @property
     def methods_now(self) -> Methods:
@@ -100,21 +103,23 @@ class TunerRule:
         return self.methods if self.measures else Methods()
 
     @property
-    def holds(self) -> bool:
+    def keeps_rate(self) -> bool:
         """Whether the next step keeps the rate in use, between two measurements."""
         return self._needs_graph and not self.measures
 
-    def miss(self) -> None:
+    def measure_next(self) -> None:
         """Record a step that was skipped before it was measured: the next one measures."""
         self.until_refresh = 0
 
-    def step_held(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> Decision | None:
-        """Let `base` step at the rate in use, if this step holds it and no direction is needed.
+    def try_held_step(
+        self, base: Optimizer, rate: Tensor, *, replicas: Replicas
+    ) -> Decision | None:
+        """Take a step between two measurements, at the rate in use, without its direction.
 
-        Return None, without a step, where `choose` must look at the direction first: with several
-        processes, or a base whose step is not in proportion to its rate.
+        Return None, and take no step, if that is impossible: if this step measures, with several
+        processes, or with a base whose step is not proportional to its rate.
         """
-        if not self.holds or replicas.size > 1 or not steps_in_proportion(base):
+        if not self.keeps_rate or replicas.size > 1 or not steps_in_proportion(base):
             return None
         step_at(base, float(rate))
         self.until_refresh -= 1
@@ -123,7 +128,6 @@ class TunerRule:
     def choose(
         self,
         evaluation: StepLoss,
-        value: Tensor | None,
         params: Sequence[Tensor],
         direction: Sequence[Tensor],
         *,
@@ -135,9 +139,7 @@ class TunerRule:
         Parameters
         ----------
         evaluation : StepLoss
-            Loss and gradient of this process.
-        value : Tensor or None
-            The loss of all processes.
+            The loss of the step, and the gradient of this process.
         params, direction : sequence of Tensor
             The parameters that have a gradient, and u.
         present : Tensor
@@ -145,37 +147,43 @@ class TunerRule:
         replicas : Replicas
             The other processes.
         """
-        along = evaluation.along(dict(zip(params, direction, strict=True)))
-        if self.holds:
-            (slope,) = replicas.mean([evaluation.slope(along)])
+        u = evaluation.by_variable(dict(zip(params, direction, strict=True)))
+        if self.keeps_rate:
+            (slope,) = replicas.mean([evaluation.slope(u)])
             self.until_refresh -= 1
             skip = ~torch.isfinite(slope)
             return Decision(torch.where(skip, torch.zeros_like(present), present), skip)
 
-        measured = {}
-        if self.tracker is not None:  # before the curvature, which frees the graph
-            found = self.tracker.measure(
-                evaluation, replicas=replicas, retain_graph=self._needs_curvature
-            )
-            measured["sharpness"] = found.sharpness
-        if self._needs_curvature:
-            measured["slope"], measured["curvature"] = evaluation.model(along)
-        else:
-            measured["slope"] = evaluation.slope(along)
-        if self._needs_graph:
-            self.methods = evaluation.methods  # a method that failed is not tried again
-        means = dict(zip(measured, replicas.mean(list(measured.values())), strict=True))
-        measurement = Measurement(value, None, None)._replace(**means)
+        numbers, eigenvector = self._measure(evaluation, u, replicas)
+        measurement = Measurement(evaluation.value, None, None)._replace(**numbers)
         before = self.state.skipped
         rate, self.state = self._tuner.update(measurement, self.state)
         skip = self.state.skipped > before
-        if self.tracker is not None:
-            self.tracker.keep(found, where=~skip & torch.isfinite(means["sharpness"]))
-        if self.measures and self._every > 1:
+        if self.tracker is not None and eigenvector is not None:
+            self.tracker.keep(eigenvector, where=~skip & torch.isfinite(numbers["sharpness"]))
+        if self._needs_graph and self._every > 1:
             # After a skip the next step measures again.
             self.until_refresh = 0 if bool(skip) else self._every - 1
         method = self.methods.names[0] if self._needs_graph else None
-        return Decision(rate, skip, **means, method=method)
+        return Decision(rate, skip, **numbers, method=method)
+
+    def _measure(
+        self, evaluation: StepLoss, u: Direction, replicas: Replicas
+    ) -> tuple[dict[str, Tensor], dict[Tensor, Tensor] | None]:
+        """Return what the tuner needs, means over all processes, and the eigenvector."""
+        numbers, eigenvector = {}, None
+        if self.tracker is not None:  # before the curvature, which frees the graph
+            numbers["sharpness"], eigenvector = self.tracker.measure(
+                evaluation, replicas=replicas, retain_graph=self._needs_curvature
+            )
+        if self._needs_curvature:
+            numbers["slope"], numbers["curvature"] = evaluation.slope_and_curvature(u)
+        else:
+            numbers["slope"] = evaluation.slope(u)
+        if self._needs_graph:
+            self.methods = evaluation.methods  # a method that failed is not tried again
+        means = replicas.mean(list(numbers.values()))
+        return dict(zip(numbers, means, strict=True)), eigenvector
 
 
 RateRule: TypeAlias = TunerRule | SearchRule
@@ -185,12 +193,14 @@ RateRule: TypeAlias = TunerRule | SearchRule
 def rate_rule(
     tuner_or_search: Any, like: Tensor, *, curvature: str, every: int, tracker: SharpnessTracker
 ) -> RateRule:
-    """Return the rule for the rate that a tuner or a line search stands for.
+    """Return the `TunerRule` of a tuner or the `SearchRule` of a line search.
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument is not of its kind.
+    TypeError
+        If `tuner_or_search` is neither.
+    ValueError
+        If `curvature` or `every` is not valid.
     """
     if isinstance(tuner_or_search, Tuner):
         return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)

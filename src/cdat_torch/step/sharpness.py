@@ -101,15 +101,15 @@ class SharpnessTracker:
         vector = dict(zip(params, found.vectors[0], strict=True))
         return Sharpness(found.values[0], vector)
 
-    def keep(self, found: Sharpness, *, where: Tensor) -> None:
-        """Take the eigenvector for the next start where the condition, a 0-d tensor, holds."""
-        if set(self.vector) == set(found.vector):  # without waiting for the device
-            for p, v in found.vector.items():
+    def keep(self, eigenvector: dict[Tensor, Tensor], *, where: Tensor) -> None:
+        """Use the eigenvector as the next start vector if `where`, a 0-d tensor, is true."""
+        if set(self.vector) == set(eigenvector):  # without waiting for the device
+            for p, v in eigenvector.items():
                 part, present = local(v), local(self.vector[p])
                 part.copy_(torch.where(where.to(part.device), part, present))
-            self.vector = found.vector
+            self.vector = eigenvector
         elif bool(where):
-            self.vector = found.vector
+            self.vector = eigenvector
 
     def _scaled(
         self, product: cdat_core.HessianVectorProduct[Sequence[Tensor]], params: list[Tensor]
