@@ -18,7 +18,7 @@ from cdat_core.extend import StepInfo, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base import groups
-from cdat_torch.base.rehearsal import BaseStep
+from cdat_torch.base.base_step import BaseStep
 from cdat_torch.distributed.fsdp import refuse_gauss_newton, reshard
 from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.interrupts import defer_interrupts

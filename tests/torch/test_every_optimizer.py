@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from cdat_core import tuners
 from cdat_torch import CDAT, TunedOptimizer
-from cdat_torch.base import fused_adam, groups, rehearsal
+from cdat_torch.base import base_step, fused_adam, groups
 from cdat_torch.base.direction import base_direction
 from cdat_torch.step import rate
 from tests.torch.models import mlp
@@ -280,7 +280,7 @@ def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     Where Adam leaves its implementation open, all counting steps but the first are those of the
     fused kernel.
     """
-    monkeypatch.setattr(rehearsal, "_SMALL", 5)
+    monkeypatch.setattr(base_step, "_SMALL", 5)
     monkeypatch.setattr(fused_adam, "_CHUNK", 5)
     adam = c in (torch.optim.Adam, torch.optim.AdamW)
     left_open = adam and not {"fused", "foreach"} & set(chosen) and not hooked
@@ -333,7 +333,7 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     """Also for parameters that are not contiguous, and with fused kernels."""
     if c is torch.optim.SGD and chosen.get("fused") and dtype is torch.bfloat16:
         pytest.skip("on a CPU PyTorch's fused SGD does not move 16 numbers in bfloat16, but 15")
-    monkeypatch.setattr(rehearsal, "_SMALL", 5)
+    monkeypatch.setattr(base_step, "_SMALL", 5)
     monkeypatch.setattr(fused_adam, "_CHUNK", 5)
     shapes = ((3, 4), (2, 3), (4, 4))
     params = [torch.randn(*shape, dtype=dtype) for shape in shapes]
@@ -347,8 +347,8 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        step = rehearsal.BaseStep(base, params)
-        held = rehearsal.BaseStep(whole, twins, needs_state=True)
+        step = base_step.BaseStep(base, params)
+        held = base_step.BaseStep(whole, twins, needs_state=True)
         rtol = 1e-12 if dtype is torch.float64 else 2**-6  # fused kernels round weight decay less
         torch.testing.assert_close(step.direction, held.direction, rtol=rtol, atol=rtol)
         with torch.no_grad():

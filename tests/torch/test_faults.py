@@ -15,8 +15,8 @@ import torch
 from cdat_core import linesearch, tuners
 from cdat_torch import CDAT, TunedOptimizer
 from cdat_torch.base import groups
+from cdat_torch.base.base_step import BaseStep
 from cdat_torch.base.direction import base_direction
-from cdat_torch.base.rehearsal import BaseStep
 from tests.torch.models import NanCurvature, mlp
 
 

@@ -16,8 +16,8 @@ from cdat_core import Measurement
 from cdat_core.extend import validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
+from cdat_torch.base.base_step import step_at
 from cdat_torch.base.direction import steps_in_proportion
-from cdat_torch.base.rehearsal import step_at
 from cdat_torch.curvature.fallback import Methods
 from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.step.checkpoint import SavedTuner, restore
