@@ -382,7 +382,7 @@ def test_steps_that_hold_the_rate_are_those_along_the_direction(
         return [p.detach() for p in params]
 
     found = trained()
-    monkeypatch.setattr(rate, "steps_in_proportion", lambda base: False)
+    monkeypatch.setattr(rate, "can_step_without_direction", lambda base: False)
     torch.testing.assert_close(found, trained(), rtol=1e-12, atol=1e-14)
 
 

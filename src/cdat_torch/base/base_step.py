@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_torch.base import fused_adam, groups
-from cdat_torch.base.direction import base_direction, steps_by_parameter, steps_in_proportion
+from cdat_torch.base.direction import base_direction, can_step_without_direction, steps_by_parameter
 from cdat_torch.base.state import SavedState, copied
 from cdat_torch.distributed.dtensor import locals_of
 
@@ -178,7 +178,7 @@ class _Rehearsal:
     @property
     def can_step_at_rate(self) -> bool:
         """Whether the step of the base is its direction times the rate."""
-        return steps_in_proportion(self._base)
+        return can_step_without_direction(self._base)
 
     def commit(self, skip: Tensor) -> None:
         """Step again on the state itself, without waiting for a device if possible."""

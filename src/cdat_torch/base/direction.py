@@ -182,7 +182,7 @@ def steps_by_parameter(base: Optimizer) -> bool:
     return adapter_of(base).independent_of_params and not pytorch_internals.has_step_hooks(base)
 
 
-def steps_in_proportion(base: Optimizer) -> bool:
+def can_step_without_direction(base: Optimizer) -> bool:
     """Return whether `base` itself can step at a known rate without a look at the direction.
 
     That takes steps proportional to the rate, gradients of trainable parameters only, and a rate

@@ -17,7 +17,7 @@ from cdat_core.extend import validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base.base_step import step_at
-from cdat_torch.base.direction import steps_in_proportion
+from cdat_torch.base.direction import can_step_without_direction
 from cdat_torch.curvature.fallback import Methods
 from cdat_torch.distributed.replicas import Replicas
 from cdat_torch.step.checkpoint import SavedTuner, restore
@@ -119,7 +119,7 @@ class TunerRule:
         Return None, and take no step, if that is impossible: if this step measures, with several
         processes, or with a base whose step is not proportional to its rate.
         """
-        if not self.keeps_rate or replicas.size > 1 or not steps_in_proportion(base):
+        if not self.keeps_rate or replicas.size > 1 or not can_step_without_direction(base):
             return None
         step_at(base, float(rate))
         self.until_refresh -= 1
