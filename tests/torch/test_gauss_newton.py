@@ -52,7 +52,7 @@ def dense_gauss_newton(
 @pytest.fixture(autouse=True, params=[True, False], ids=["replay", "forward mode"])
 def replayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With a PyTorch under which graphs cannot be replayed, a forward-mode pass takes over."""
-    monkeypatch.setattr("cdat_torch.curvature.replay.is_open", lambda: request.param)
+    monkeypatch.setattr("cdat_torch.curvature.replay.is_supported", lambda: request.param)
     return bool(request.param)
 
 

@@ -73,11 +73,13 @@ class Methods:
             msg = f"curvature must be one of {CURVATURES}, got {curvature!r}{hint}"
             raise ValueError(msg)
         if curvature == "auto":
-            return cls((*(("replay",) if replay.is_open() else ()), "hvp", "finite_difference"))
+            return cls(
+                (*(("replay",) if replay.is_supported() else ()), "hvp", "finite_difference")
+            )
         if curvature == "gauss_newton":
-            return cls((*((REPLAYED_GAUSS_NEWTON,) if replay.is_open() else ()), curvature))
+            return cls((*((REPLAYED_GAUSS_NEWTON,) if replay.is_supported() else ()), curvature))
         if curvature == "replay":
-            replay.require_open()
+            replay.require_supported()
         return cls((curvature,))
 
     @classmethod

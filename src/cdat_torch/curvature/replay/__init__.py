@@ -34,9 +34,9 @@ from cdat_torch.curvature.replay import (
 )
 from cdat_torch.curvature.replay.recording import Recording
 from cdat_torch.curvature.replay.registry import Mismatch, Unsupported
-from cdat_torch.curvature.replay.versions import is_open, require_open
+from cdat_torch.curvature.replay.versions import is_supported, require_supported
 
-__all__ = ["Mismatch", "Recording", "Unsupported", "is_open", "require_open"]
+__all__ = ["Mismatch", "Recording", "Unsupported", "is_supported", "require_supported"]
 
 # Importing the modules registers their rules.
 _MODULES = (

@@ -19,7 +19,7 @@ _KNOWN_BAD: dict[tuple[int, int], str] = {}
 """Minor releases with a reason, such as ``{(2, 20): "SoftmaxBackward0 saves its input"}``."""
 
 
-def why_closed(version: str) -> str | None:
+def why_unsupported(version: str) -> str | None:
     """Return why a graph of this release of PyTorch cannot be replayed; None if it can."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None:
@@ -30,17 +30,17 @@ def why_closed(version: str) -> str | None:
     return _KNOWN_BAD.get(minor)
 
 
-def is_open() -> bool:
+def is_supported() -> bool:
     """Return whether graphs can be replayed under this PyTorch; if not, log the reason once."""
-    reason = why_closed(torch.__version__)
+    reason = why_unsupported(torch.__version__)
     if reason is not None:
-        _log_closed(torch.__version__, reason)
+        _log_unsupported(torch.__version__, reason)
     return reason is None
 
 
-def require_open() -> None:
+def require_supported() -> None:
     """Raise a RuntimeError if graphs cannot be replayed under this PyTorch."""
-    reason = why_closed(torch.__version__)
+    reason = why_unsupported(torch.__version__)
     if reason is not None:
         msg = (
             f'curvature="replay" does not work with PyTorch {torch.__version__} ({reason}); '
@@ -50,7 +50,7 @@ def require_open() -> None:
 
 
 @functools.cache
-def _log_closed(version: str, reason: str) -> None:
+def _log_unsupported(version: str, reason: str) -> None:
     logging.getLogger("cdat_torch").warning(
         "the autograd graph is not replayed under PyTorch %s (%s); the curvature comes from double "
         "backward or a forward-mode pass instead, which costs more",
