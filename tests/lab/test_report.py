@@ -24,7 +24,7 @@ from cdat_lab.claims import STATEMENTS, Verdict
 from cdat_lab.contenders import CONTENDERS
 from cdat_lab.findings import Findings
 from cdat_lab.report import curves, render, write_report
-from cdat_lab.report.styles import BUILT_IN, styles
+from cdat_lab.report.curve_styles import BUILT_IN, styles
 from cdat_lab.tasks import TASKS
 from tests.lab import made_up
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from cdat_lab.report.styles import Style
+from cdat_lab.report.curve_styles import Style
 
 TIMES, MINUS, CROSS, NOTHING = (
     "\N{MULTIPLICATION SIGN}",

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
-from cdat_lab.report.styles import Style
+from cdat_lab.report.curve_styles import Style
 from cdat_lab.runs import Run
 
 POINTS = 300

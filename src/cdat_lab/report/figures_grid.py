@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 
 from cdat_lab.races import Result
 from cdat_lab.registry import find_contender
-from cdat_lab.report import layout
+from cdat_lab.report import figure_layout
 from cdat_lab.report.charts import MINUS, label
-from cdat_lab.report.styles import Style
+from cdat_lab.report.curve_styles import Style
 
 
 def grid(results: Iterable[Result], styles: Mapping[str, Style]) -> go.Figure:
@@ -46,17 +46,17 @@ def grid(results: Iterable[Result], styles: Mapping[str, Style]) -> go.Figure:
     pad = 0.04 * (last - first + 1) * math.log10(2)
     bottom, top = math.log10(low), math.log10(ceiling)
     figure.update_layout(
-        layout.common(
+        figure_layout.common(
             height=330,
             margin={"l": 60, "r": 12, "t": 14, "b": 54},
-            xaxis=layout.axis(
+            xaxis=figure_layout.axis(
                 "learning rate, or peak",
                 type="log",
                 range=[math.log10(min(rates)) - pad, math.log10(max(rates)) + pad],
                 tickvals=[2.0**k for k in exponents],
                 ticktext=[f"2<sup>{k}</sup>".replace("-", MINUS) for k in exponents],
             ),
-            yaxis=layout.log_axis(
+            yaxis=figure_layout.log_axis(
                 [bottom - 0.06 * (top - bottom), top + 0.06 * (top - bottom)], "final loss"
             ),
         )

@@ -9,11 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from cdat_lab.model import Simulation
-from cdat_lab.report import curves, layout
+from cdat_lab.report import curves, figure_layout
 from cdat_lab.report.charts import TIMES, label
+from cdat_lab.report.curve_styles import EDGE, Style
 from cdat_lab.report.curves import Floats
 from cdat_lab.report.figures_race import edge_line
-from cdat_lab.report.styles import EDGE, Style
 
 EDGE_OF_MODEL = 2.0
 NAME_OF_EDGE = f"edge of stability, rate {TIMES} sharpness = 2"
@@ -59,14 +59,14 @@ def joint_model(
     figure.add_trace(line)
     titles = ("sharpness against learning rate", "sharpness", f"rate {TIMES} sharpness")
     figure.update_layout(
-        layout.common(
-            annotations=[layout.panel_title(i, title) for i, title in enumerate(titles)],
-            xaxis=layout.log_axis(rates, "learning rate", anchor="y"),
-            yaxis=layout.log_axis(heights, "sharpness", anchor="x"),
-            xaxis2=layout.axis("step", anchor="y2", range=[0, last]),
-            yaxis2=layout.log_axis(heights, anchor="x2"),
-            xaxis3=layout.axis("step", anchor="y3", range=[0, last]),
-            yaxis3=layout.log_axis(limits, anchor="x3"),
+        figure_layout.common(
+            annotations=[figure_layout.panel_title(i, title) for i, title in enumerate(titles)],
+            xaxis=figure_layout.log_axis(rates, "learning rate", anchor="y"),
+            yaxis=figure_layout.log_axis(heights, "sharpness", anchor="x"),
+            xaxis2=figure_layout.axis("step", anchor="y2", range=[0, last]),
+            yaxis2=figure_layout.log_axis(heights, anchor="x2"),
+            xaxis3=figure_layout.axis("step", anchor="y3", range=[0, last]),
+            yaxis3=figure_layout.log_axis(limits, anchor="x3"),
         )
     )
     return figure, _arrangements()
@@ -99,7 +99,7 @@ def _phase(run: Simulation, style: Style, floor: float) -> list[go.Scatter]:
     common = {
         "name": label(run.contender.label),
         "legendgroup": run.contender.name,
-        **layout.axes(0),
+        **figure_layout.axes(0),
     }
     hover = "rate %{x:.3~g}, sharpness %{y:.3~g}<extra></extra>"
     found = [
@@ -151,7 +151,7 @@ def _over_steps(
             showlegend=False,
             line={"color": style.color, "dash": style.dash, "width": 0.75 * style.width},
             hovertemplate="%{fullData.name}<br>at %{x}: %{y:.4~g}<extra></extra>",
-            **layout.axes(panel),
+            **figure_layout.axes(panel),
         )
         for index in range(values.shape[1])
     ]
@@ -173,16 +173,16 @@ def _edge(rates: Sequence[float]) -> go.Scatter:
         legendgroup="edge",
         line={"color": EDGE.color, "width": EDGE.width, "dash": EDGE.dash},
         hovertemplate="edge of stability<extra></extra>",
-        **layout.axes(0),
+        **figure_layout.axes(0),
     )
 
 
 def _arrangements() -> dict[str, Any]:
     """Return the layouts: on wide screens the phase space is as high as two panels."""
-    places, wide = layout.boxes(4, 2, 230)
+    places, wide = figure_layout.boxes(4, 2, 230)
     (left, right, _, top), second, (_, _, bottom, _), fourth = places
-    narrow_places, narrow = layout.boxes(3, 1, 250)
+    narrow_places, narrow = figure_layout.boxes(3, 1, 250)
     return {
-        "wide": wide | layout.placed([(left, right, bottom, top), second, fourth]),
-        "narrow": narrow | layout.placed(narrow_places),
+        "wide": wide | figure_layout.placed([(left, right, bottom, top), second, fourth]),
+        "narrow": narrow | figure_layout.placed(narrow_places),
     }

@@ -14,10 +14,10 @@ from cdat_lab.findings import Findings
 from cdat_lab.measures import comparable
 from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender
-from cdat_lab.report import curves, layout
+from cdat_lab.report import curves, figure_layout
 from cdat_lab.report.charts import TIMES, label
+from cdat_lab.report.curve_styles import EDGE, Style
 from cdat_lab.report.curves import STEP, Band
-from cdat_lab.report.styles import EDGE, Style
 from cdat_lab.runs import Run
 
 RISE = 30.0
@@ -90,7 +90,7 @@ def race(
         if findings.of(plan, name)
     }
     figure = go.Figure()
-    settings = layout.common(annotations=[])
+    settings = figure_layout.common(annotations=[])
     shown = 0
     for panel in panels(base):
         found = {
@@ -104,7 +104,7 @@ def race(
         for name, band in found.items():
             title = label(find_contender(name).label)
             for trace in curves.traces(
-                band, styles[name], group=name, name=title, **layout.axes(shown)
+                band, styles[name], group=name, name=title, **figure_layout.axes(shown)
             ):
                 trace.showlegend = trace.showlegend is not False and shown == 0
                 figure.add_trace(trace)
@@ -112,19 +112,19 @@ def race(
         last = float(plan.steps) if panel.axis == "step" else max(ends)
         if panel.product and base.edge is not None:
             figure.add_trace(edge_line([0, last], base.edge, shown))
-        settings["annotations"].append(layout.panel_title(shown, panel.title))
-        suffix = layout.suffix(shown)
+        settings["annotations"].append(figure_layout.panel_title(shown, panel.title))
+        suffix = figure_layout.suffix(shown)
         anchored = {"anchor": f"y{suffix}", "range": [0, last or 1], "rangemode": "nonnegative"}
-        settings[f"xaxis{suffix}"] = layout.axis(panel.axis, **anchored)
+        settings[f"xaxis{suffix}"] = figure_layout.axis(panel.axis, **anchored)
         limits = _range(
             panel, base, list(found.values()), [run for e in runs.values() for run in e]
         )
-        settings[f"yaxis{suffix}"] = layout.log_axis(limits, anchor=f"x{suffix}")
+        settings[f"yaxis{suffix}"] = figure_layout.log_axis(limits, anchor=f"x{suffix}")
         shown += 1
     if not shown:
         return None
     figure.update_layout(settings)
-    return figure, layout.arrangements(shown)
+    return figure, figure_layout.arrangements(shown)
 
 
 def edge_line(x: Sequence[float], edge: float, panel: int) -> go.Scatter:
@@ -137,7 +137,7 @@ def edge_line(x: Sequence[float], edge: float, panel: int) -> go.Scatter:
         legendgroup="edge",
         line={"color": EDGE.color, "width": EDGE.width, "dash": EDGE.dash},
         hovertemplate="edge of stability, %{y:.4~g}<extra></extra>",
-        **layout.axes(panel),
+        **figure_layout.axes(panel),
     )
 
 

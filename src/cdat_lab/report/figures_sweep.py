@@ -12,9 +12,9 @@ import polars as pl
 
 from cdat_lab import table
 from cdat_lab.findings import Findings
-from cdat_lab.report import layout
+from cdat_lab.report import figure_layout
 from cdat_lab.report.charts import CROSS, MINUS, NOTHING
-from cdat_lab.report.styles import BLACK, BLUE, VERMILLION
+from cdat_lab.report.curve_styles import BLACK, BLUE, VERMILLION
 from cdat_lab.studies import Sweep
 
 BETTER_OR_WORSE = [
@@ -96,20 +96,20 @@ def heat_map(findings: Findings, plan: Sweep) -> go.Figure:
     )
     figure = go.Figure(heat)
     figure.update_layout(
-        layout.common(
+        figure_layout.common(
             height=110 + 46 * len(sigmas),
             margin={"l": 62, "r": 10, "t": 16, "b": 58},
             plot_bgcolor="#d4d4d4",
             annotations=notes,
             shapes=frames,
-            xaxis=layout.axis(
+            xaxis=figure_layout.axis(
                 "batch size",
                 tickvals=list(range(len(sizes))),
                 ticktext=["full" if size is None else f"{size}" for size in sizes],
                 showgrid=False,
                 range=[-0.5, len(sizes) - 0.5],
             ),
-            yaxis=layout.axis(
+            yaxis=figure_layout.axis(
                 "sigma",
                 tickvals=list(range(len(sigmas))),
                 ticktext=[f"{sigma:g}" for sigma in sigmas],

@@ -14,8 +14,8 @@ from cdat_lab.claims import STATEMENTS
 from cdat_lab.findings import Findings
 from cdat_lab.measures import REFERENCE
 from cdat_lab.report import results, sections
+from cdat_lab.report.curve_styles import Style, styles
 from cdat_lab.report.rendering import render_template
-from cdat_lab.report.styles import Style, styles
 
 
 def write_report(findings: Findings, folder: Path) -> Path:

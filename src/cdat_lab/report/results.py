@@ -12,9 +12,9 @@ from cdat_lab.races import Race
 from cdat_lab.registry import find_base, find_contender, find_task
 from cdat_lab.report import figures_grid, figures_model, figures_race, figures_sweep
 from cdat_lab.report.charts import MINUS, Chart, Entry
+from cdat_lab.report.curve_styles import EDGE, Style
 from cdat_lab.report.rendering import render_template
 from cdat_lab.report.sections import Section
-from cdat_lab.report.styles import EDGE, Style
 from cdat_lab.studies import Sweep
 
 Styles = Mapping[str, Style]
