@@ -7,6 +7,7 @@ have one, ``env(all)`` has everything. One run of nox installs each at most once
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import sys
@@ -214,6 +215,36 @@ def full(session: nox.Session) -> None:
     options = ("--numprocesses=2", "--dist=loadscope", "--full")
     for folder in session.posargs or TESTS:
         run(session, "pytest", *options, folder)
+
+
+def floors() -> list[str]:
+    """Return the requirements of the package and its extras, each at its lower bound."""
+    project = PYPROJECT["project"]
+    stated = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [each.replace(">=", "==") for each in itertools.chain(*stated) if ">=" in each]
+
+
+def pytest_each(session: nox.Session, *folders: str) -> None:
+    for folder in session.posargs or [f"tests/{name}" for name in folders]:
+        session.run("pytest", "--numprocesses=2", "--dist=loadscope", folder, env=SINGLE_THREAD)
+
+
+@nox.session(default=False)
+def oldest(session: nox.Session) -> None:
+    """Test with the oldest versions that pyproject.toml states; posargs are folders of tests."""
+    constraints = Path(session.create_tmp()) / "oldest.txt"
+    constraints.write_text("\n".join(floors()), encoding="utf-8")
+    requirements = nox.project.dependency_groups(PYPROJECT, "test", "lab")
+    session.install("--constraint", str(constraints), "--editable", ".[all]", *requirements)
+    pytest_each(session, "core", "jax", "torch", "distributed", "parity", "lab")
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """Test with the newest versions, pre-releases included; posargs are folders of tests."""
+    requirements = nox.project.dependency_groups(PYPROJECT, "test", "lab", "embedding")
+    session.install("--pre", "--upgrade", "--editable", ".[all]", *requirements)
+    pytest_each(session, *TESTS)
 
 
 @session_in("all", default=False)
