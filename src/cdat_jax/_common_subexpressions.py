@@ -160,8 +160,9 @@ def _evaluated(jaxpr: Jaxpr, equation: Any, inputs: Sequence[_Value]) -> Sequenc
         for atom, value in zip(equation.invars, inputs, strict=True)
         if not isinstance(atom, Literal)
     }
-    # The argument names of the program do not fit the equation. Old JAX takes None.
-    names: Any = getattr(jaxpr.debug_info, "with_unknown_names", lambda: None)()
+    # The names of the program's arguments and results do not fit the equation.
+    unnamed = [("",) * len(atoms) for atoms in (arrays, equation.outvars)]
+    names = jaxpr.debug_info._replace(arg_names=unnamed[0], result_paths=unnamed[1])
     outvars, effects = equation.outvars, equation.effects
     alone = Jaxpr([], list(arrays), outvars, [equation], effects, debug_info=names)
     outputs: Sequence[Any] = jaxpr_as_fun(ClosedJaxpr(alone, ()))(*arrays.values())
