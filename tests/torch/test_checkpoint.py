@@ -91,6 +91,29 @@ def test_another_number_of_groups_is_refused() -> None:
         optimizer.load_state_dict(state)
 
 
+def test_a_state_with_the_tuner_in_some_groups_only_is_refused() -> None:
+    def grouped() -> TunedOptimizer:
+        params = mlp(3, 5, 1, dtype=torch.float32).parameters()
+        return TunedOptimizer(torch.optim.Adam([{"params": [p]} for p in params]), tuners.cdat())
+
+    optimizer, before = grouped(), grouped().state_dict()
+    state = copy.deepcopy(before)
+    del state["param_groups"][1]["tuner"]
+    expected = r"state_dict\['param_groups'\]\[1\]\['tuner'\] is missing, but other groups have it"
+    with pytest.raises(ValueError, match=expected):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
+def test_an_unknown_index_is_named() -> None:
+    _, optimizer = make()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][7] = {}
+    expected = r"keys of state_dict\['state'\] must be parameter indices, got 7"
+    with pytest.raises(ValueError, match=expected):
+        optimizer.load_state_dict(state)
+
+
 def test_a_plain_optimizers_state_loads_with_a_cold_tuner() -> None:
     torch.manual_seed(0)
     plain_model = mlp(3, 5, 1, dtype=torch.float32)

@@ -4,8 +4,8 @@ Scalars are stored as Python numbers in each parameter group, because distribute
 drops other top-level keys and casts tensors in ``state`` to the dtype of the parameter. The
 eigenvector of the sharpness has that dtype and is stored in ``state``.
 
-`read` validates a checkpoint as a whole before anything is loaded. What it must hold is in the
-tables below: for the top level, a group, the tuner, and the state of a parameter.
+`read` validates the whole checkpoint before anything is loaded, against the tables below: for the
+top level, a group, the tuner, and the state of a parameter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cdat_torch.messages import warn
 
 _KEY = "tuner"
 _VECTOR = "sharpness_vector"
-_MULTIPLIERS = ("lr", "direction_weight", "tuned_lr")
+_RATE_ENTRIES = ("lr", "direction_weight", "tuned_lr")
 
 
 class SavedTuner(NamedTuple):
@@ -44,42 +44,43 @@ class Checkpoint(NamedTuple):
     base : dict
         The state_dict of the base.
     tuner : SavedTuner or None
-        None if the checkpoint is that of a plain optimizer.
-    vector : dict
+        None if the checkpoint was saved by a plain optimizer.
+    eigenvector : dict
         The eigenvector of the sharpness by parameter; empty if there is none.
     """
 
     base: dict[str, Any]
     tuner: SavedTuner | None
-    vector: dict[Tensor, Tensor]
+    eigenvector: dict[Tensor, Tensor]
 
 
 def write(
     state_dict: dict[str, Any],
     base: Optimizer,
     tuner: SavedTuner,
-    vector: dict[Tensor, Tensor] | None,
+    eigenvector: dict[Tensor, Tensor] | None,
 ) -> dict[str, Any]:
     """Return the `state_dict` of the base with the tuner's part added.
 
-    Zeros stand for an eigenvector that is not known yet: distributed checkpointing loads only what
-    it finds in the state of the new optimizer. None is for tuners without one.
+    `eigenvector` is None if the tuner needs none. Parts that are not known yet are stored as zeros:
+    distributed checkpointing loads only the entries that the new optimizer's state already has.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         group["tuned_lr"] = float(group["tuned_lr"])
         group[_KEY] = tuner._asdict()
     state = dict(state_dict["state"])
-    if vector is not None:
+    if eigenvector is not None:
         for index, p in _by_index(groups, base).items():
             if p.requires_grad:
-                part = vector[p] if p in vector else torch.zeros_like(p, requires_grad=False)
+                part = eigenvector.get(p)
+                part = torch.zeros_like(p, requires_grad=False) if part is None else part
                 state[index] = {**state.get(index, {}), _VECTOR: part}
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def read(state_dict: Any, base: Optimizer, tuner_state: Any) -> Checkpoint:
-    """Return the parts of `state_dict`, which is checked and not changed.
+    """Validate `state_dict` and return its parts; it is not changed.
 
     Parameters
     ----------
@@ -97,38 +98,30 @@ def read(state_dict: Any, base: Optimizer, tuner_state: Any) -> Checkpoint:
     """
     _require("", state_dict, _DICT)
     _validate("", state_dict, _TOP)
-    groups = [_copy(f"['param_groups'][{i}]", g) for i, g in enumerate(state_dict["param_groups"])]
-    state = {index: _copy(f"['state'][{index!r}]", s) for index, s in state_dict["state"].items()}
+    groups = [
+        _as_dict(f"['param_groups'][{i}]", g) for i, g in enumerate(state_dict["param_groups"])
+    ]
+    state = {
+        index: _as_dict(f"['state'][{index!r}]", s) for index, s in state_dict["state"].items()
+    }
     if len(groups) != len(base.param_groups):
         msg = f"state_dict must hold {len(base.param_groups)} parameter groups, got {len(groups)}"
         raise ValueError(msg)
-    tuners = [group.pop(_KEY, None) for group in groups]
-    tuner = None
-    if all(found is not None for found in tuners):
-        tuner = _tuner(tuners[0], tuner_state)
-    else:
-        warn(
-            "state_dict comes from an optimizer without a tuner: the tuner starts cold and the "
-            "learning-rate multipliers stay as they are"
-        )
-        for group, present in zip(groups, base.param_groups, strict=True):
-            group.update({name: present[name] for name in _MULTIPLIERS})
+    tuner = _pop_tuner(groups, base, tuner_state)
     for i, (group, present) in enumerate(zip(groups, base.param_groups, strict=True)):
         _validate(f"['param_groups'][{i}]", group, _group_table(group, present, base.defaults))
     params = _by_index(groups, base)
     for index, entries in state.items():
-        where = f"['state'][{index!r}]"
-        _require("['state']", index, _Requirement("the index of a parameter", params.__contains__))
-        _validate(where, entries, _state_table(entries, params[index], base))
-    vector = {params[i]: s.pop(_VECTOR) for i, s in state.items() if _VECTOR in s}
-    vector = {p: part.detach().to(p, copy=True) for p, part in vector.items()}
-    zero = not any(bool(local(part).any()) for part in vector.values())
-    known = not all_agree(zero, vector.values())
-    # An empty state would tell the base that it has taken a step.
+        if index not in params:
+            msg = f"keys of state_dict['state'] must be parameter indices, got {index!r}"
+            raise ValueError(msg)
+        _validate(f"['state'][{index!r}]", entries, _state_table(entries, params[index], base))
+    eigenvector = _pop_eigenvector(state, params)
+    # Drop entries that held only the eigenvector: an empty state would tell the base that it has
+    # taken a step.
     state = {index: s for index, s in state.items() if s or not state_dict["state"][index]}
-    return Checkpoint(
-        {**state_dict, "state": state, "param_groups": groups}, tuner, vector if known else {}
-    )
+    saved = {**state_dict, "state": state, "param_groups": groups}
+    return Checkpoint(saved, tuner, eigenvector)
 
 
 def numbers_of(tuner_state: Any) -> dict[str, Any] | None:
@@ -138,8 +131,8 @@ def numbers_of(tuner_state: Any) -> dict[str, Any] | None:
     return {name: field.item() for name, field in tuner_state._asdict().items()}
 
 
-def restore(numbers: dict[str, Any] | None, like: Any) -> Any:
-    """Return a tuner state like `like` that holds `numbers`."""
+def state_from_numbers(numbers: dict[str, Any] | None, like: Any) -> Any:
+    """Return a tuner state like `like` with the values of `numbers`."""
     assert numbers is not None
     return type(like)(
         *(torch.full_like(field, numbers[name]) for name, field in like._asdict().items())
@@ -154,6 +147,42 @@ def _by_index(groups: list[dict[str, Any]], base: Optimizer) -> dict[int | str, 
         msg = f"state_dict must hold {len(params)} parameters, got {len(saved)}"
         raise ValueError(msg)
     return dict(zip(saved, params, strict=True))
+
+
+def _pop_tuner(
+    groups: list[dict[str, Any]], base: Optimizer, tuner_state: Any
+) -> SavedTuner | None:
+    """Remove the tuner's part from `groups` and return it; None if there is none.
+
+    Groups of a plain optimizer get the present multipliers and rate instead.
+    """
+    found = [group.pop(_KEY, None) for group in groups]
+    if all(part is None for part in found):
+        warn(
+            "state_dict comes from an optimizer without a tuner: the tuner starts cold and the "
+            "learning-rate multipliers stay as they are"
+        )
+        for group, present in zip(groups, base.param_groups, strict=True):
+            group.update({name: present[name] for name in _RATE_ENTRIES})
+        return None
+    for i, part in enumerate(found):
+        if part is None:
+            msg = (
+                f"state_dict['param_groups'][{i}][{_KEY!r}] is missing, but other groups have it: "
+                "the groups come from different optimizers"
+            )
+            raise ValueError(msg)
+    return _read_tuner(found[0], tuner_state)
+
+
+def _pop_eigenvector(
+    state: dict[Any, dict[str, Any]], params: dict[int | str, Tensor]
+) -> dict[Tensor, Tensor]:
+    """Remove the eigenvector from `state` and return it by parameter; empty if it is zero."""
+    saved = {params[i]: entries.pop(_VECTOR) for i, entries in state.items() if _VECTOR in entries}
+    eigenvector = {p: part.detach().to(p, copy=True) for p, part in saved.items()}
+    zero = not any(bool(local(part).any()) for part in eigenvector.values())
+    return {} if all_agree(zero, eigenvector.values()) else eigenvector
 
 
 # What each entry must be.
@@ -176,13 +205,13 @@ def _validate(where: str, values: dict[str, Any], table: Mapping[str, _Requireme
         _require(f"{where}[{name!r}]", values.get(name), requirement)
 
 
-def _copy(where: str, values: Any) -> dict[str, Any]:
+def _as_dict(where: str, values: Any) -> dict[str, Any]:
     _require(where, values, _DICT)
     return dict(values)
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether this is one finite number."""
+    """Return whether `value` is a single finite number; a tensor with one element counts."""
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         return False
     return torch.as_tensor(value).numel() == 1 and math.isfinite(value)
@@ -194,24 +223,25 @@ def _are_indices(value: Any) -> bool:
 
 _DICT = _Requirement("a dict", lambda value: isinstance(value, dict))
 _LIST = _Requirement("a list", lambda value: isinstance(value, list))
-_INDICES = _Requirement("a list of the indices of parameters", _are_indices)
+_INDICES = _Requirement("a list of parameter indices", _are_indices)
 _AMOUNT = _Requirement("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
 
 _TOP = {"state": _DICT, "param_groups": _LIST}
 _TUNER = {"skipped": _AMOUNT, "until_refresh": _AMOUNT}
 
 
-def _tuner(found: Any, tuner_state: Any) -> SavedTuner:
-    """Return the tuner's part, checked against the present state of the tuner."""
+def _read_tuner(found: Any, tuner_state: Any) -> SavedTuner:
+    """Validate the tuner's part against the present state of the tuner and return it."""
     where = f"['param_groups'][0][{_KEY!r}]"
     _require(where, found, _DICT)
     _validate(where, found, _TUNER)
     numbers = found.get("state")
-    names = set(numbers) if isinstance(numbers, dict) else numbers
-    expected = None if tuner_state is None else set(tuner_state._fields)
+    names = sorted(map(str, numbers)) if isinstance(numbers, dict) else numbers
+    expected = None if tuner_state is None else sorted(tuner_state._fields)
     if names != expected:
         msg = (
-            f"state_dict must hold the tuner state {expected}, got {names}: is it another tuner's?"
+            f"state_dict must hold a tuner state with the fields {expected}, got {names}; was it "
+            "saved with another tuner?"
         )
         raise ValueError(msg)
     if expected is not None:
@@ -222,29 +252,35 @@ def _tuner(found: Any, tuner_state: Any) -> SavedTuner:
 def _group_table(
     found: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, _Requirement]:
-    """Return what a group must hold; options that it does not have keep their defaults."""
+    """Return the requirements for a group; options that it lacks keep their defaults."""
     options = {
-        name: _Requirement(f"finite and like {present[name]}", partial(_is_like, present[name]))
+        name: _Requirement(
+            f"of the same kind as the current value {present[name]!r}, and finite",
+            partial(_is_like, present[name]),
+        )
         for name in defaults
         if name in found
     }
-    return {**options, "params": _INDICES, **dict.fromkeys(_MULTIPLIERS, _AMOUNT)}
+    return {**options, "params": _INDICES, **dict.fromkeys(_RATE_ENTRIES, _AMOUNT)}
 
 
 def _is_like(present: Any, value: Any) -> bool:
-    """Return whether an option may replace the present one."""
+    """Return whether a saved option may replace the present one."""
     if isinstance(present, tuple | list):
-        fits = isinstance(value, tuple | list) and len(value) == len(present)
-        return fits and all(map(_is_like, present, value))
-    flag = value is None or isinstance(value, bool)
+        if not isinstance(value, tuple | list) or len(value) != len(present):
+            return False
+        return all(map(_is_like, present, value))
     if isinstance(present, bool):
-        return flag
+        return value is None or isinstance(value, bool)
     if isinstance(present, int | float | Tensor):
         return _is_number(value)
-    return _is_number(value) or flag or present is not None
+    if present is None:
+        return value is None or isinstance(value, bool) or _is_number(value)
+    return True
 
 
-# What the optimizers of PyTorch keep: one number for all of a parameter, and squares or counts.
+# Entries in the state of PyTorch's optimizers: those with one number for a whole parameter, and
+# those that are never negative.
 _SCALARS = ("step", "mu_product")
 _NONNEGATIVE = (
     *("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
@@ -253,7 +289,11 @@ _NONNEGATIVE = (
 
 
 def _state_table(found: dict[str, Any], p: Tensor, base: Optimizer) -> dict[str, _Requirement]:
-    """Return what the state of a parameter must hold: entries like those of the base, if known."""
+    """Return the requirements for the saved state of a parameter.
+
+    An entry must have the shape that it has in the state of `base`. If it is not there yet, the
+    shape is known only for optimizers that keep tensors like the parameter, and numbers.
+    """
     table = {}
     for name in found:
         like = base.state.get(p, {}).get(name)
@@ -266,21 +306,24 @@ def _state_table(found: dict[str, Any], p: Tensor, base: Optimizer) -> dict[str,
 
 
 def _entry(name: str, like: Any) -> _Requirement:
-    """Return what an entry of the state must be; `like` is one, if known."""
-    requirement = _finite("a number or a tensor", Tensor | int | float, like, name in _NONNEGATIVE)
+    """Return the requirement for an entry of the state; `like` is an example, None if unknown."""
+    finite = _finite("a number or a tensor", Tensor | int | float, like, name in _NONNEGATIVE)
+
+    def none_or_finite(value: Any) -> bool:
+        return value is None or finite.holds(value)
+
+    def finite_if_number(value: Any) -> bool:
+        return not isinstance(value, Tensor | int | float) or finite.holds(value)
+
     if name in _SCALARS:
-        return requirement
-    known = isinstance(like, Tensor | int | float)
-
-    def holds(value: Any) -> bool:
-        other = value is None if known else not isinstance(value, Tensor | int | float)
-        return other or requirement.holds(value)
-
-    return requirement._replace(holds=holds)
+        return finite
+    if isinstance(like, Tensor | int | float):
+        return finite._replace(holds=none_or_finite)
+    return finite._replace(holds=finite_if_number)
 
 
 def _finite(what: str, kind: Any, like: Any, nonnegative: bool = False) -> _Requirement:
-    """Return the requirement of finite numbers, of the shape of `like` if that is a tensor."""
+    """Return the requirement for finite values, with the shape of `like` if that is a tensor."""
     shape = like.shape if isinstance(like, Tensor) else None
 
     def holds(value: Any) -> bool:

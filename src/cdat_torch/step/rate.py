@@ -20,7 +20,7 @@ from cdat_torch.base.base_step import step_at
 from cdat_torch.base.direction import can_step_without_direction
 from cdat_torch.curvature.fallback import Methods
 from cdat_torch.distributed.replicas import Replicas
-from cdat_torch.step.checkpoint import SavedTuner, restore
+from cdat_torch.step.checkpoint import SavedTuner, state_from_numbers
 from cdat_torch.step.evaluation import Direction, StepLoss
 from cdat_torch.step.info import Decision
 from cdat_torch.step.line_search import SearchRule
@@ -78,7 +78,7 @@ class TunerRule:
         if saved is None:
             self.state = self._tuner.init(torch.zeros_like(self._like))
         else:
-            self.state = restore(saved.state, self.state)
+            self.state = state_from_numbers(saved.state, self.state)
 
     @property
     def measures(self) -> bool:
