@@ -1,7 +1,7 @@
 """One step of the base optimizer that can be rolled back.
 
-The measurement needs the direction of the step, and only the measurement tells whether the step is
-taken. Until then the state of the base must not be lost.
+We need the direction to measure, and the measurement to know whether the step is taken. So it must
+be possible to restore the state of the base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cdat_torch.base.state import SavedState, copied
 from cdat_torch.distributed.dtensor import locals_of
 
 _SMALL = 2**18
-"""Elements in a part of the parameters at least: smaller parts save little memory."""
+"""The fewest elements of a part of the parameters: smaller parts would save little memory."""
 _PARTS = 8
 
 
@@ -35,12 +35,13 @@ class BaseStep:
     params : sequence of Tensor
         The parameters to step on; each has its gradient in ``p.grad``.
     reversible : bool, optional
-        False if the step is certain to be taken: the base then steps at once and nothing is copied.
+        If False, the state of the base advances at once and nothing is copied. `rollback`, or
+        `commit` with `skip`, then leaves the state advanced; the parameters do not move.
     needs_state : bool, optional
         Whether the measurement reads the state of the base after the step.
     along_step : bool, optional
-        Whether `direction` includes what schedulers have done to the multipliers of the groups
-        since wrapping. Otherwise `commit` applies it.
+        Whether `direction` includes the factors by which schedulers have changed the multipliers
+        of the groups since wrapping. Otherwise `commit` applies these factors.
 
     Attributes
     ----------
@@ -83,7 +84,7 @@ class BaseStep:
     def commit(self, rate: Tensor, *, skip: Tensor) -> None:
         """Move the parameters by `rate` times their multiplier, and the state of the base.
 
-        Where `skip` holds nothing moves, except the state of a step that is not `reversible`.
+        If `skip` is true nothing moves, except the state if the step is not `reversible`.
         `direction` is overwritten.
         """
         if self._state.can_step_at_rate and skip.device.type == "cpu":
@@ -95,7 +96,7 @@ class BaseStep:
         groups.move(locals_of(self._params), self._local_direction, rate, skip=skip)
 
     def rollback(self) -> None:
-        """Restore the state of the base; the parameters have not moved yet."""
+        """Restore the state of the base if it can be; the parameters have not moved yet."""
         self._state.rollback()
 
     @property
@@ -104,23 +105,23 @@ class BaseStep:
 
 
 class _StateOfStep(Protocol):
-    """How the state of the base survives a step that may be rolled back."""
+    """How the state of the base advances, and how it is restored."""
 
     direction: list[Tensor]
 
     @property
     def can_step_at_rate(self) -> bool:
-        """Whether the base can take the whole step itself once the rate is known."""
+        """Whether the base can take the whole step itself, once the rate is known."""
 
     def commit(self, skip: Tensor) -> None:
-        """Make the state that of the step, except where `skip` holds."""
+        """Leave the state as it is after the step, or as before it if `skip` is true."""
 
     def rollback(self) -> None:
         """Restore the state."""
 
 
 class _Immediate:
-    """The state moves on at once and cannot be restored."""
+    """The state advances at once and cannot be restored."""
 
     can_step_at_rate = False
 
@@ -135,7 +136,10 @@ class _Immediate:
 
 
 class _Snapshot:
-    """The base steps, and a copy of its whole state is kept; for optimizers of unknown kind."""
+    """The base steps, and a copy of its whole state from before is kept.
+
+    For optimizers of unknown kind, and if the measurement reads the state after the step.
+    """
 
     can_step_at_rate = False
 
@@ -148,7 +152,7 @@ class _Snapshot:
             raise
 
     def commit(self, skip: Tensor) -> None:
-        """Restore the state where `skip` holds."""
+        """Restore the state if `skip` is true."""
         self._saved.restore_where(skip)
 
     def rollback(self) -> None:
@@ -157,10 +161,11 @@ class _Snapshot:
 
 
 class _Rehearsal:
-    """The base steps on copies of its state, which are dropped; `commit` lets it step again.
+    """The base steps on copies of its state, which are dropped; `commit` repeats the step.
 
-    That is one more step of the base, instead of a second state that lives as long as the
-    measurement. Parts of the parameters take turns, so that only one part is copied at a time.
+    The second step costs time, but no copy of the state stays in memory during the measurement.
+    The base steps on one part of the parameters after another, so that only the state of one part
+    is copied at a time.
     """
 
     def __init__(self, base: Optimizer, params: Sequence[Tensor]) -> None:
@@ -181,7 +186,7 @@ class _Rehearsal:
         return can_step_without_direction(self._base)
 
     def commit(self, skip: Tensor) -> None:
-        """Step again on the state itself, without waiting for a device if possible."""
+        """Repeat the step on the state itself, without waiting for a device if possible."""
         known = skip.device.type == "cpu"
         if known and bool(skip):
             return
@@ -192,11 +197,11 @@ class _Rehearsal:
                 saved.restore_where(skip)
 
     def rollback(self) -> None:
-        """Do nothing: the state is that from before the step."""
+        """Do nothing: the state has not changed."""
 
 
 def step_at(base: Optimizer, rate: float) -> None:
-    """Let `base` step at `rate` times the ``lr`` of each group, which is a multiplier."""
+    """Let `base` step at `rate` times the multiplier of each group, its ``lr``."""
     multipliers = [group["lr"] for group in base.param_groups]
     try:
         for group in base.param_groups:
@@ -209,7 +214,7 @@ def step_at(base: Optimizer, rate: float) -> None:
 
 
 def _parts(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Divide tensors into successive parts of about an eighth of their elements."""
+    """Divide tensors into consecutive parts, each with about an eighth of the elements."""
     enough = max(_SMALL, sum(p.numel() for p in params) // _PARTS)
     parts: list[list[Tensor]] = []
     size = enough
@@ -224,7 +229,7 @@ def _parts(params: Sequence[Tensor]) -> list[list[Tensor]]:
 
 @contextmanager
 def _on_copies(base: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
-    """Let `base` find copies of the state of parameters inside the block."""
+    """Replace the state of `params` by copies inside the block."""
     originals = {p: base.state[p] for p in params if p in base.state}
     base.state.update({p: copied(state) for p, state in originals.items()})
     try:

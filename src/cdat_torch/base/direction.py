@@ -1,16 +1,18 @@
 """The update direction of any ``torch.optim`` optimizer: its step at learning rate 1.
 
-The base optimizer steps on stand-ins of the parameters, so neither the parameters nor the autograd
-graph that refers to them is touched. An `Adapter` says what the stand-ins are and turns them into
-the direction. For optimizers whose step does not depend on the parameters the stand-ins are zero,
-and after the step they *are* the direction, without the rounding of a difference. For all others
-they start as copies, and the direction is the change.
+The base optimizer steps on stand-ins, so neither the parameters nor the autograd graph that refers
+to them changes. An `Adapter` makes the stand-ins and turns them into the direction. If the step
+does not depend on the parameters, the stand-ins are zeros: after the step they *are* the direction,
+without the rounding of a difference. Otherwise they are copies, and the direction is the change.
 
 At a constant rate the steps are then those of the bare optimizer at that learning rate, with two
-exceptions. Adafactor limits its learning rate to ``1 / sqrt(step)``; here the limit is left to the
-tuner, so the two agree below it. Rprop takes its learning rate as the first length of its steps and
-adapts from there; here the bounds ``step_sizes`` are in units of the tuned rate, and a change of
-the rate acts at once.
+exceptions:
+
+- Adafactor limits its learning rate to ``1 / sqrt(step)``. Here the limit is removed, because the
+  tuner chooses the rate; the steps agree while the rate is below the limit.
+- Rprop uses its learning rate only as the first length of its steps, and adapts the length from
+  there. Here the bounds ``step_sizes`` are in units of the tuned rate, and a change of the rate
+  acts at once.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Adapter:
-    """How to get the direction from an optimizer; this one is for those of unknown kind.
+    """How to get the direction from an optimizer; this class is for optimizers of unknown kind.
 
     Attributes
     ----------
@@ -39,10 +41,11 @@ class Adapter:
         The options of a group that are replaced while the optimizer steps on the stand-ins.
     independent_of_params : bool
         Whether the step does not depend on the parameters, apart from weight decay. Such optimizers
-        keep all they know in a state for each parameter: tensors of its shape, and numbers.
+        keep a state for each parameter and nothing else: tensors of its shape, and numbers.
     proportional : bool
-        Whether the step is proportional to the learning rate, and finite for finite gradients,
-        which it does not write to.
+        Whether the step (a) is proportional to the learning rate, (b) is finite for finite
+        gradients, and (c) does not write to the gradients. `can_step_without_direction` excludes
+        the options for which (b) or (c) fails.
     decouples_decay : bool
         Whether weight decay acts on the parameters themselves in every group.
     """
@@ -82,7 +85,7 @@ class FromZero(Adapter):
         return torch.zeros_like(p)
 
     def gradient(self, group: Group, p: Tensor) -> Tensor | None:
-        """Return the gradient plus the coupled weight decay, of which zeros show nothing."""
+        """Return the gradient plus the coupled weight decay, which a step on zeros would lose."""
         if p.grad is None:
             return None
         decay = group.get("weight_decay", 0.0)
@@ -183,11 +186,13 @@ def steps_by_parameter(base: Optimizer) -> bool:
 
 
 def can_step_without_direction(base: Optimizer) -> bool:
-    """Return whether `base` itself can step at a known rate without a look at the direction.
+    """Return whether `base` itself can step at a known rate, without computing its direction first.
 
-    That takes steps proportional to the rate, gradients of trainable parameters only, and a rate
-    that can be read without waiting for a device.
+    Its step must be proportional to the rate, only trainable parameters may have a gradient, and
+    the rate must be readable without waiting for a device.
     """
+    # With eps = 0 a step can be 0 / 0, which only its direction would show. The foreach
+    # implementation of Nesterov's momentum writes to the gradients.
     params = [p for group in base.param_groups for p in group["params"]]
     return (
         adapter_of(base).proportional
@@ -200,11 +205,11 @@ def can_step_without_direction(base: Optimizer) -> bool:
 def _stepping_on(
     base: Optimizer, stand_ins: dict[Tensor, Tensor], options: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Give `base` stand-ins, with the state of the originals, and other options of its groups."""
+    """Let `base` step on stand-ins, with the state of the originals and other `options`."""
     originals = [
         {name: group[name] for name in ("params", *options)} for group in base.param_groups
     ]
-    _rename_state(base, stand_ins)
+    _move_state(base, stand_ins)
     try:
         for group in base.param_groups:
             group["params"] = [stand_ins[p] for p in group["params"] if p in stand_ins]
@@ -213,10 +218,11 @@ def _stepping_on(
     finally:
         for group, original in zip(base.param_groups, originals, strict=True):
             group.update(original)
-        _rename_state(base, {stand_in: p for p, stand_in in stand_ins.items()})
+        _move_state(base, {stand_in: p for p, stand_in in stand_ins.items()})
 
 
-def _rename_state(base: Optimizer, names: dict[Tensor, Tensor]) -> None:
-    for old, new in names.items():
+def _move_state(base: Optimizer, replacements: dict[Tensor, Tensor]) -> None:
+    """Move the state of each parameter to the parameter that replaces it."""
+    for old, new in replacements.items():
         if old in base.state:
             base.state[new] = base.state.pop(old)

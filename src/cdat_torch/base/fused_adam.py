@@ -78,7 +78,7 @@ def direction(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     Parameters
     ----------
     base : torch.optim.Adam or torch.optim.AdamW
-        One that `has_kernel`.
+        `has_kernel` must hold for it.
     params : sequence of Tensor
         Each has its gradient in ``p.grad``.
 
@@ -110,12 +110,12 @@ class _Chunk(NamedTuple):
     start: int
 
     def of(self, t: Tensor) -> Tensor:
-        """Return these elements of a tensor that has the shape of the parameter."""
+        """Return these elements of a tensor with the shape of the parameter."""
         return t.view(-1)[self.start : self.start + self.direction.numel()]
 
 
 def _batches(chunks: Sequence[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Divide chunks into consecutive lists that together have no more elements than one may."""
+    """Group consecutive chunks into batches of at most `_CHUNK` elements."""
     batch: list[_Chunk] = []
     size = 0
     for chunk in chunks:

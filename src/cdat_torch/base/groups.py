@@ -17,7 +17,7 @@ from cdat_torch import pytorch_internals
 
 Group = dict[str, Any]
 
-# What each of them does that a wrapper cannot, and the alternative.
+# What each of these does that no wrapper can allow, and what to use instead.
 _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
     torch.optim.LBFGS: ("choose step lengths itself", "wrap SGD with a line search"),
     torch.optim.ASGD: (
@@ -95,10 +95,10 @@ def scale_in_place(tensors: list[Tensor], factors: list[float]) -> None:
 
 
 def move(params: list[Tensor], step: list[Tensor], rate: Tensor, *, skip: Tensor) -> None:
-    """Add ``rate * step`` to the parameters, or nothing where `skip` holds.
+    """Add ``rate * step`` to the parameters, or nothing if `skip` is true.
 
-    `step` may be overwritten. On an accelerator `skip` is not read but masks the step: rate 0 alone
-    would not keep out values that are not finite.
+    `step` may be overwritten. On an accelerator `skip` is not read but masks the step; a rate of 0
+    would not do, because 0 times a value that is not finite is NaN.
     """
     if skip.device.type == "cpu":
         if not bool(skip):

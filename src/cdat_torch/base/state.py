@@ -40,7 +40,7 @@ class SavedState:
                     state[name] = value
 
     def restore_where(self, skip: Tensor) -> None:
-        """Restore everything where `skip` holds, without waiting for a device if possible."""
+        """Restore everything if `skip` is true, without waiting for a device if possible."""
         new = set(self._present()) != set(self._saved)
         if skip.device.type == "cpu" or new:
             if bool(skip):

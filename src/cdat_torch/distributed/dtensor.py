@@ -1,8 +1,8 @@
 """Parameters that are distributed over processes as DTensors.
 
-Tensor parallel models compute with DTensors, and PyTorch differentiates through that. Modules under
-``fully_shard`` unshard theirs while they run; see `cdat_torch.distributed.fsdp`. In both cases
-optimizer states, directions and gradients in ``p.grad`` have the placements of the parameter.
+Tensor parallel models compute with DTensors, and PyTorch differentiates through them. Modules under
+``fully_shard`` unshard their parameters while they run; see `cdat_torch.distributed.fsdp`. In both
+cases optimizer states, directions and gradients in ``p.grad`` have the placements of the parameter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def match_placements(tensor: Any, like: Any) -> Tensor:
-    """Return a DTensor with the placements of another, differentiably; plain tensors unchanged."""
+    """Return a DTensor with the placements of `like`, differentiably; plain tensors unchanged."""
     if is_dtensor(tensor) and tensor.placements != like.placements:
         tensor = tensor.redistribute(placements=like.placements)
     result: Tensor = tensor
@@ -41,7 +41,7 @@ def match_placements(tensor: Any, like: Any) -> Tensor:
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
-    """Return a tensor that each process holds in full, with the placements of another one."""
+    """Return `whole`, which each process holds in full, with the placements of `like`."""
     if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
@@ -53,7 +53,7 @@ def shard_like(whole: Tensor, like: Any) -> Tensor:
 
 
 def from_local_like(part: Tensor, like: Any) -> Tensor:
-    """Return a tensor with the placements of another one; `part` is this process's part of it."""
+    """Return a tensor with the placements of `like`; `part` is this process's part of it."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor

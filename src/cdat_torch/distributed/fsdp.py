@@ -1,10 +1,10 @@
 """Models under ``fully_shard``: FSDP2, also hybrid and with tensor parallelism.
 
 Such a module holds DTensors between steps and plain parameters while it runs. In
-``loss.backward()`` its hooks average the gradients, which is enough for a first derivative and the
-only way that never unshards the whole model. That pass leaves no graph. For a second derivative the
-modules are unsharded and stay so until the step ends: each process differentiates its own loss with
-respect to the unsharded parameters, and `reduce_scatter` averages the gradients.
+``loss.backward()`` its hooks average the gradients. This is enough for a first derivative and never
+unshards the whole model at once, but it leaves no graph. For a second derivative the modules are
+unsharded until the step ends: each process differentiates its own loss with respect to the
+unsharded parameters, and `reduce_scatter` averages the gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cdat_torch.interrupts import deliver_interrupts
 
 
 class _Home(NamedTuple):
-    """Where a parameter lives."""
+    """The module that owns a sharded parameter, and the parameter's name there."""
 
     unit: weakref.ref[Any]
     """The module under ``fully_shard`` that unshards it."""
@@ -36,7 +36,7 @@ class _Home(NamedTuple):
 _HOMES: Any = WeakTensorKeyDictionary()
 """The home of each sharded parameter that was looked up; None if no module unshards it."""
 _UNSHARDED: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Modules that stay unsharded for a step; whether they usually reshard after a backward pass."""
+"""Modules that stay unsharded for a step, and whether they otherwise reshard after backward."""
 
 
 def modules_of(params: Sequence[Tensor]) -> list[Any]:
@@ -73,7 +73,8 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
     loss : Tensor
         The loss of this process.
     params : sequence of Tensor
-        Of modules under ``fully_shard``; some may be plain. Their ``.grad`` is left unchanged.
+        Parameters of modules under ``fully_shard``, and perhaps plain ones. Their ``.grad`` is left
+        unchanged.
     sync : bool
         False keeps the gradient in the modules, which add it to the gradient of the next call.
     """
@@ -97,7 +98,7 @@ def backward(loss: Tensor, params: Sequence[Tensor], *, sync: bool) -> list[Tens
 def unshard(params: Sequence[Tensor]) -> list[Tensor]:
     """Unshard the modules and return the tensors they compute with, in the order of `params`.
 
-    They stay unsharded until `reshard`, also after a backward pass.
+    They stay unsharded until `reshard`, even after a backward pass.
     """
     for module in modules_of(params):
         if module not in _UNSHARDED:
@@ -114,7 +115,7 @@ def _present(home: _Home) -> Tensor:
 
 
 def reshard(params: Sequence[Tensor]) -> None:
-    """Reshard the modules of `params`; what they unshard next is up to date."""
+    """Reshard the modules of `params`, so that the next `unshard` reads the current values."""
     for module in modules_of(params):
         if module in _UNSHARDED:
             module.set_reshard_after_backward(_UNSHARDED.pop(module), recurse=False)

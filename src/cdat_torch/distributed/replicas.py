@@ -2,8 +2,9 @@
 
 Each process differentiates the loss of its part of the batch. Gradients, loss, slope and curvature
 are then averaged, so all processes take the same step, bit for bit. All of them are linear in the
-loss, so the mean over the parts is the value of the whole batch; absolute values and maxima come
-after the mean. If a value is not finite in one process, the mean is not, and all processes skip.
+loss, so the mean over the parts is the value of the whole batch; absolute values and maxima are
+taken after the mean. If a value is not finite in one process, the mean is not either, and all
+processes skip.
 
 If a parameter is sharded over all processes of the group, its gradient is a mean already.
 """

@@ -2,7 +2,7 @@
 
 Where a replicated tensor enters a parallel module (``DTensor.from_local``), the backward pass sums
 gradients over the processes. PyTorch's own backward does so outside the graph, so a second
-derivative silently lacks terms. `replacements` has a backward with the sum in the graph.
+derivative silently lacks terms. `replacements` gives a backward that keeps the sum in the graph.
 """
 
 from __future__ import annotations

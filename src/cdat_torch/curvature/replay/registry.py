@@ -8,17 +8,26 @@ has computed. `node.saved(name)` reads what the forward pass has saved, `node.ad
 To add an operation:
 
 1. Read the node's name and what it saves: ``y.grad_fn.name()`` and ``dir(y.grad_fn)``.
-2. Write one function in the module for its kind (the package's docstring lists them), under the
-   decorator of its kind: `linear`, `elementwise`, `loss_of_difference`, `loss_of_prediction`, or
-   `nonlinear` for all else. The decorator registers it. For y = sin x, y'' = -sin(x) x'^2:
+2. Write one function in the module for its kind (the package's docstring lists them). A decorator
+   registers it: `linear` (also for piecewise-linear functions, such as relu), `elementwise`,
+   `loss_of_difference`, `loss_of_prediction`, or `nonlinear` for everything else. For the norm
+   y = |x|, y' = <x, x'> / y and the second-order term is lambda (|x'|^2 - y'^2) / y:
 
-       @nonlinear("SinBackward0")
-       def sin(node: Node, dx: Tensor) -> Pushforward:
-           x = node.saved("self")
-           return Pushforward(x.cos() * dx, dot(node.adjoint * -x.sin(), dx**2))
+       @nonlinear("LinalgVectorNormBackward0")
+       def vector_norm(node: Node, dx: Tensor) -> Pushforward:
+           if node.saved("ord") != 2 or node.saved("dim"):
+               return NotImplemented
+           x, y = node.saved("self"), node.saved("result")
+           dy = dot(x, dx) / y
+           return Pushforward(dy, node.adjoint * (dot(dx, dx) - dy**2) / y)
 
-3. Add a case to one of ``tests/torch/replay/*_cases.py``: ``case("Sin", torch.sin, (3, 4))``. It is
-   compared with differences of gradients for several layouts; no rule may lack a case.
+3. Add a case to one of ``tests/torch/replay/*_cases.py``:
+   ``case("LinalgVectorNorm", torch.linalg.vector_norm, (3, 4))``. It is compared with differences
+   of gradients for several layouts; every rule needs a case.
+4. If `double_backward.CHECKED` has the operation, the general rule there has covered it so far.
+   Remove the name, and move its case out of ``double_backward_cases.py``. If your rule returns
+   NotImplemented for some arguments, keep the name: the general rule takes those, and their cases
+   say ``falls_back=True``.
 
 In use each rule is compared with the double backward of its operation the first time that a graph
 is seen, and the slope is compared with <g, u> in every step (see `verification`, `recording`).
@@ -218,12 +227,12 @@ ReduceAdjoint = Callable[[Node, Tensor], Tensor]
 
 
 def needs_nothing(node: Node, active: Active) -> Needs:
-    """Need nothing, as linear operations do."""
+    """Return that nothing is needed, as for linear operations."""
     return Needs()
 
 
 def needs_adjoint(node: Node, active: Active) -> Needs:
-    """Need the adjoint."""
+    """Return that the adjoint is needed."""
     return Needs(adjoint=True)
 
 
@@ -318,7 +327,7 @@ def nonlinear(
 
 
 def linear(*names: str) -> Callable[[Apply], Apply]:
-    """Register ``(node, *tangents) -> tangents of the outputs`` for a linear operation."""
+    """Register ``(node, *tangents) -> tangents of the outputs``, for (piecewise) linear nodes."""
 
     def register(push: Apply) -> Apply:
         def apply(node: Node, *tangents: Tangent) -> Any:

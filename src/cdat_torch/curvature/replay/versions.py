@@ -1,9 +1,9 @@
 """The releases of PyTorch under which an autograd graph can be replayed.
 
 The rules read what the nodes of the graph have saved, and that is not a stable interface. The tests
-run with the oldest and the newest supported release. A newer one is trusted until it is known to be
-bad: a node that no longer fits its rule is left to double backward, and each step compares the
-replayed slope with the one from the gradient.
+run with the oldest and the newest supported release. A newer release counts as supported until it
+is known to be bad. Two checks guard against errors there: a node that no longer fits its rule is
+left to double backward, and each step compares the replayed slope with the one from the gradient.
 """
 
 from __future__ import annotations
