@@ -1,4 +1,4 @@
-"""The only door: ``nox`` runs every default check, ``nox -s demo`` the main job.
+"""Every check is a session: ``nox`` runs the default ones; ``nox -s demo`` compares six rules.
 
 Sessions share virtual environments: ``env(core)`` has no framework, ``env(jax)`` and ``env(torch)``
 have one, ``env(all)`` has everything. One run of nox installs each at most once.
@@ -50,14 +50,14 @@ QUICK = (
     "parity/test_rules.py",
     "parity/test_tanh_network.py::test_measurements_of_both_adapters_equal_each_other",
 )
-"""Where most faults show first: the laws of tuners, exact measurements, and that backends agree."""
+"""The laws of tuners, exact measurements, and whether backends agree: most faults show there."""
 
 
 def install(session: nox.Session, package: str, *groups: str) -> None:
     """Install the package with its extras and the dependency groups, at the tested versions.
 
-    pip installs torch, since uv would take the build with CUDA where pip has another index. uv
-    installs the rest in a fraction of pip's time.
+    pip installs torch, because uv ignores an index that pip is set to use, and would take the build
+    with CUDA. uv installs the rest in a fraction of pip's time.
     """
     constraints = ("--constraint", "constraints.txt")
     torch = ["torch"] if "torch" in package or "all" in package else []
@@ -107,14 +107,14 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 @session_in("core")
 def lint(session: nox.Session) -> None:
-    """Style and the rule that the core imports no framework (banned-api)."""
+    """Check the style, and that the core imports no framework (banned-api)."""
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
 
 
 @session_in("core")
 def imports(session: nox.Session) -> None:
-    """Check the direction of imports between the packages."""
+    """Check the import directions, and that the picture of the layout is current."""
     run(session, "lint-imports")
     run(session, "python", "docs/layout_picture.py", "--check")
 
@@ -160,7 +160,7 @@ def torch(session: nox.Session) -> None:
 
 @session_in("torch")
 def distributed(session: nox.Session) -> None:
-    """Train in several processes that share one step."""
+    """Test the PyTorch adapter in two and four processes."""
     pytest(session, "tests/distributed")
 
 
@@ -172,19 +172,19 @@ def types(session: nox.Session) -> None:
 
 @session_in("all")
 def parity(session: nox.Session) -> None:
-    """Prove that all backends compute the same thing."""
+    """Check that all backends compute the same thing."""
     pytest(session, "tests/parity")
 
 
 @session_in("all")
 def embedding(session: nox.Session) -> None:
-    """Run the core in frameworks that no package of cdat knows: the examples of the docs."""
+    """Test the core under array frameworks without an adapter: the examples of the docs."""
     pytest(session, "tests/embedding")
 
 
 @session_in("all")
 def lab(session: nox.Session) -> None:
-    """Test the reproduction suite and its command line."""
+    """Test the lab and its command line."""
     pytest(session, "--dist=loadfile", "tests/lab")
 
 
@@ -205,7 +205,7 @@ def docs(session: nox.Session) -> None:
 
 @session_in("all", default=False)
 def quick(session: nox.Session) -> None:
-    """Run the most telling tests of the core, JAX, PyTorch and parity, in under 90 seconds."""
+    """Run a fast selection of tests of the core, JAX, PyTorch and parity: under 90 seconds."""
     pytest(session, *(f"tests/{file}" for file in QUICK))
 
 
@@ -249,7 +249,7 @@ def newest(session: nox.Session) -> None:
 
 @session_in("all", default=False)
 def coverage(session: nox.Session) -> None:
-    """Measure the coverage of the default tests; below today's figure it fails."""
+    """Measure the coverage of the default tests; fail below the recorded figure."""
     run(session, "coverage", "erase")
     options = ("--numprocesses=2", "--dist=loadscope", "--cov", "--cov-append", "--cov-report=")
     for folder in session.posargs or TESTS:
@@ -265,7 +265,7 @@ def jax_ecosystem(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def integrations(session: nox.Session) -> None:
-    """Run the recipes for Accelerate, Lightning and the Trainer of Hugging Face."""
+    """Run the recipes for Accelerate, Lightning and the Hugging Face Trainer."""
     install(session, ".[torch]", "test", "integrations")
     # Warnings of those packages are not ours to fix.
     session.run("pytest", "-W", "default", "tests/integrations", env=SINGLE_THREAD)
@@ -273,7 +273,7 @@ def integrations(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Train a network on digits with every contender under JAX and PyTorch; write the report."""
+    """Compare six rules on digits under JAX and PyTorch; write the report."""
     install(session, ".[all]")
     session.run("cdat", "compare", "digits", *session.posargs)
 
@@ -287,14 +287,14 @@ def reproduce(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_jax(session: nox.Session) -> None:
-    """Print time, FLOPs and memory of a step under JAX, beside Optax's own."""
+    """Print time, FLOPs and memory of a step under JAX, and of Optax's own methods."""
     install(session, ".[jax]")
     session.run("python", "benchmarks/jax_steps.py", *session.posargs)
 
 
 @nox.session(default=False)
 def bench_torch(session: nox.Session) -> None:
-    """Print time and memory of a step under PyTorch, beside other packages."""
+    """Print time and memory of a step under PyTorch, and of other packages."""
     install(session, ".[torch]")
     peers = ("gen-optim", "prodigyopt", "schedulefree", "scikit-learn")
     needed = ("einops", "linear_operator", "opt_einsum", "tqdm")  # by curvlinops
