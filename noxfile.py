@@ -16,10 +16,12 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10.9"
+nox.needs_version = ">=2026.10.20"  # runs sessions in parallel
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
+if len(sys.argv) == 1:  # the default run; a session that is named shows its output as it comes
+    nox.options.parallel = 2
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 SINGLE_THREAD = {
@@ -70,15 +72,17 @@ def install(session: nox.Session, package: str, *groups: str) -> None:
         session.install("--no-compile", *everything)
 
 
-@nox.session(default=False)
+@nox.session(default=False, allow_parallel=True)
 @nox.parametrize("name", list(ENVIRONMENTS), ids=list(ENVIRONMENTS))
 def env(session: nox.Session, name: str) -> None:
     """Make an environment that sessions share."""
     install(session, *ENVIRONMENTS[name])
 
 
-def session_in(environment: str, *, default: bool = True) -> Callable[..., nox.registry.Func]:
-    """Register a session that runs in a shared environment."""
+def session_in(
+    environment: str, *, default: bool = True, one_core: bool = False
+) -> Callable[..., nox.registry.Func]:
+    """Register a session that runs in a shared environment, beside another one on one core."""
 
     def register(function: Callable[[nox.Session], None]) -> nox.registry.Func:
         @functools.wraps(function)
@@ -89,8 +93,12 @@ def session_in(environment: str, *, default: bool = True) -> Callable[..., nox.r
             session.env["PATH"] = os.pathsep.join([str(programs), os.environ["PATH"]])
             function(session)
 
-        options = {"requires": [f"env({environment})"], "default": default}
-        return nox.session(venv_backend="none", **options)(session_in_environment)
+        return nox.session(
+            venv_backend="none",
+            requires=[f"env({environment})"],
+            default=default,
+            allow_parallel=one_core,
+        )(session_in_environment)
 
     return register
 
@@ -105,21 +113,21 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     run(session, "pytest", "--numprocesses=2", *(session.posargs or arguments))
 
 
-@session_in("core")
+@session_in("core", one_core=True)
 def lint(session: nox.Session) -> None:
     """Check the style, and that the core imports no framework (banned-api)."""
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
 
 
-@session_in("core")
+@session_in("core", one_core=True)
 def imports(session: nox.Session) -> None:
     """Check the import directions, and that the picture of the layout is current."""
     run(session, "lint-imports")
     run(session, "python", "docs/layout_picture.py", "--check")
 
 
-@session_in("core")
+@session_in("core", one_core=True)
 def workflows(session: nox.Session) -> None:
     """Check the GitHub workflows, issue forms and other configuration of services."""
     github = Path(".github")
@@ -164,7 +172,7 @@ def distributed(session: nox.Session) -> None:
     pytest(session, "tests/distributed")
 
 
-@session_in("all")
+@session_in("all", one_core=True)
 def types(session: nox.Session) -> None:
     """Check types with mypy --strict on src, all frameworks installed."""
     run(session, "mypy")
@@ -196,7 +204,7 @@ def doctests(session: nox.Session) -> None:
     run(session, "python", "docs/run_snippets.py", *pages)
 
 
-@session_in("all")
+@session_in("all", one_core=True)
 def docs(session: nox.Session) -> None:
     """Build the documentation; warnings are errors."""
     options = ("-n", "-W", "--keep-going", "-b", "html")

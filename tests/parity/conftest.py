@@ -1,4 +1,4 @@
-"""Settings of the parity tests: double precision in JAX, one thread in torch."""
+"""Settings of the parity tests: JAX in double precision, quick to compile; torch on one thread."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,9 @@ sys.path.append(str(Path(__file__).parent))  # the helper modules, whatever pyte
 def _settings():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    optimizations_off = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)  # time goes into compilation
     with jax.enable_x64(True):
         yield
+    jax.config.update("jax_disable_most_optimizations", optimizations_off)
     torch.set_num_threads(threads)
