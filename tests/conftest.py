@@ -1,7 +1,9 @@
 """How much of the suite runs, and the profiles of Hypothesis.
 
 By default a test with several parameters runs with a pairwise cover of their values, and Hypothesis
-draws fewer examples. ``--full`` (``nox -s full``) runs every combination and all examples.
+draws fewer examples. In a module marked ``laws`` the tests run over the same cases, and which test
+it is counts as one more parameter. ``--full`` (``nox -s full``) runs every combination and all
+examples.
 
 The examples are the same in every run; ``HYPOTHESIS_PROFILE=dev`` draws new ones and keeps what it
 finds in the example database.
@@ -35,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "laws: tests of the module run over the same cases; which test is a parameter too",
+    )
     config.stash[LEFT_OUT] = 0
     profile = "full" if config.getoption("full") else "default"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
@@ -53,7 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
+        laws = item.get_closest_marker("laws")
+        tests[item.nodeid.partition("::" if laws else "[")[0]].append(item)
     kept = set()
     for same in tests.values():
         parameters = [_parameters(item) for item in same]
@@ -68,17 +75,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _parameters(item: pytest.Item) -> dict[str, tuple[Hashable, ...]]:
-    """Return the value of each parameter; the arguments of one ``parametrize`` count as one."""
+    """Return the value of each parameter.
+
+    The arguments of one ``parametrize`` count as one parameter. In a module of laws each argument
+    counts, and the law itself.
+    """
     callspec: Any = getattr(item, "callspec", None)
-    if callspec is None:
-        return {}
+    params = {} if callspec is None else callspec.params
     row = {}
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         for name in names.split(",") if isinstance(names, str) else names:
             row[name.strip()] = str(names)
     values: dict[str, tuple[Hashable, ...]] = defaultdict(tuple)
-    for name, value in sorted(callspec.params.items(), key=lambda parameter: parameter[0]):
+    if item.get_closest_marker("laws"):
+        row, values["law"] = {}, (item.nodeid.partition("[")[0],)
+    for name, value in sorted(params.items(), key=lambda parameter: parameter[0]):
         values[row.get(name, name)] += (_key(value),)
     return dict(values)
 

@@ -17,7 +17,7 @@ from cdat_core import linesearch, tuners
 from cdat_jax import cdat, scale_by_cdat, scale_by_tuner
 from tests.jax.problems import factors, quadratic, same, stepper, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "debug_nans")
+pytestmark = [pytest.mark.usefixtures("quick_compilation", "debug_nans"), pytest.mark.laws]
 
 TUNERS = {
     "cdat": lambda: tuners.cdat(1.0, initial_learning_rate=0.01, max_growth=1.5),
@@ -53,7 +53,16 @@ TRANSFORMS = {
         optax.sgd(1.0), sigma=1.0, every=3, learning_rate=lambda step: 1 / (1 + step / 100)
     ),
 }
-every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+CASES = [
+    (name.removesuffix("-every-3"), 3 if name.endswith("-every-3") else 1) for name in TRANSFORMS
+]
+every_transform = pytest.mark.parametrize(("rule", "every"), CASES)
+
+
+@pytest.fixture
+def name(rule, every):
+    """The key of a transformation."""
+    return rule if every == 1 else f"{rule}-every-{every}"
 
 
 def test_every_rule_and_every_line_search_is_here():
