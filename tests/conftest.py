@@ -1,9 +1,9 @@
 """How much of the suite runs, and the profiles of Hypothesis.
 
 By default a test with several parameters runs with a pairwise cover of their values, and Hypothesis
-draws fewer examples. In a module marked ``laws`` the tests run over the same cases, and which test
-it is counts as one more parameter. ``--full`` (``nox -s full``) runs every combination and all
-examples.
+draws fewer examples. The tests of a module that are marked ``laws`` run over the same cases: there
+each argument, and which test it is, counts as a parameter. ``--full`` (``nox -s full``) runs every
+combination and all examples.
 
 The examples are the same in every run; ``HYPOTHESIS_PROFILE=dev`` draws new ones and keeps what it
 finds in the example database.
@@ -77,8 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _parameters(item: pytest.Item) -> dict[str, tuple[Hashable, ...]]:
     """Return the value of each parameter.
 
-    The arguments of one ``parametrize`` count as one parameter. In a module of laws each argument
-    counts, and the law itself.
+    The arguments of one ``parametrize`` count as one parameter. Among laws each argument counts,
+    and the law itself.
     """
     callspec: Any = getattr(item, "callspec", None)
     params = {} if callspec is None else callspec.params
@@ -97,7 +97,7 @@ def _parameters(item: pytest.Item) -> dict[str, tuple[Hashable, ...]]:
 
 def _key(value: object) -> Hashable:
     """Return what tells two values of a parameter apart."""
-    plain = isinstance(value, str | bytes | int | float | complex | tuple | None)
+    plain = isinstance(value, str | bytes | int | float | complex | tuple | dict | None)
     return (type(value), repr(value)) if plain else id(value)
 
 

@@ -103,6 +103,7 @@ def cases() -> list[Any]:
     return made
 
 
+every_case = pytest.mark.parametrize(("c", "chosen"), cases())
 DENSE = [pytest.param(c, id=name) for name, c in classes().items() if name not in REFUSED]
 
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_wrapped_is_refused(name: str) -> None:
     assert after == before
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@every_case
 def test_a_constant_rate_is_the_bare_optimizer(
     c: Callable[..., Optimizer], chosen: dict[str, Any]
 ) -> None:
@@ -267,7 +268,8 @@ def test_the_bounds_of_rprop_are_in_units_of_the_rate() -> None:
     assert bool((sizes == bounds[1]).any())
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.laws
+@every_case
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     c: Callable[..., Optimizer],
@@ -322,7 +324,8 @@ def test_the_state_is_that_of_the_bare_optimizer_and_of_good_steps_only(
     assert steps == (6 if hooked else 0)
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.laws
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     c: Callable[..., Optimizer],
@@ -357,7 +360,8 @@ def test_a_step_that_is_rehearsed_in_pieces_has_the_direction_of_the_whole(
     assert [p for group in base.param_groups for p in group["params"]] == params
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.laws
+@every_case
 def test_steps_that_hold_the_rate_are_those_along_the_direction(
     c: Callable[..., Optimizer], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +412,8 @@ def wrapped(
     return TunedOptimizer(c(params, **chosen), tuners.cdat(1.0, max_learning_rate=LR))
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.laws
+@every_case
 def test_a_checkpoint_goes_on_in_a_new_optimizer(
     c: Callable[..., Optimizer], chosen: dict[str, Any]
 ) -> None:
@@ -432,7 +437,8 @@ def test_a_checkpoint_goes_on_in_a_new_optimizer(
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize(("c", "chosen"), cases())
+@pytest.mark.laws
+@every_case
 def test_the_step_of_distributed_checkpointing_moves_nothing(
     c: Callable[..., Optimizer], chosen: dict[str, Any]
 ) -> None:
