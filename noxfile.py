@@ -42,7 +42,7 @@ QUICK = (
     "core/test_tuner_laws.py",
     "core/test_curvature.py",
     "core/test_lanczos.py",
-    "jax/test_curvature.py",
+    "jax/test_curvature.py::test_exact_methods_match_the_dense_hessian",
     "jax/test_transform.py",
     "torch/replay/test_rules.py::test_slope_and_curvature_are_exact",
     "torch/test_checkpoint.py::test_resume_is_bit_exact",
