@@ -110,7 +110,10 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    run(session, "pytest", "--numprocesses=2", *(session.posargs or arguments))
+    """Run tests: those that the arguments after ``--`` name, or the default with these options."""
+    named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
+    chosen = session.posargs if named else (*arguments, *session.posargs)
+    run(session, "pytest", "--numprocesses=2", *chosen)
 
 
 @session_in("core", one_core=True)

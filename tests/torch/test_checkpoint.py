@@ -288,3 +288,34 @@ def test_distributed_checkpointing_resumes_bit_for_bit(tmp_path: Path, rule, bas
         again, other, model_state_dict=blank["model"], optim_state_dict=blank["optimizer"]
     )
     assert run(again, other) == expected
+
+
+def test_a_search_needs_its_entry_of_the_tuner_too() -> None:
+    w = torch.ones(2, requires_grad=True)
+    optimizer = TunedOptimizer(torch.optim.SGD([w]), linesearch.backtracking())
+    optimizer.step(lambda: w.square().sum())
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["tuner"]["state"]
+    with pytest.raises(ValueError, match=r"\['tuner'\]\['state'\] is missing"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_numbers_may_come_as_tensors(shape: tuple[int, ...]) -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = CDAT(torch.optim.SGD([w]), sigma=0.5)
+    optimizer.step(lambda: w.square().sum())
+    saved = optimizer.state_dict()
+    tuner = saved["param_groups"][0]["tuner"]
+    tensors = {
+        name: torch.full(shape, number, dtype=torch.float64)
+        for name, number in tuner["state"].items()
+    }
+    saved["param_groups"][0]["tuner"] = {
+        "state": tensors,
+        "skipped": torch.full(shape, 2),
+        "until_refresh": torch.full(shape, 0),
+    }
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state_dict()["param_groups"][0]["tuner"]
+    assert loaded == {**tuner, "skipped": 2}

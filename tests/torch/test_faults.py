@@ -316,3 +316,43 @@ def test_the_missing_extra_is_named() -> None:
             raise AssertionError("imported without torch")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+class Momentum(torch.optim.Optimizer):
+    """An optimizer of unknown kind, whose whole state is kept until the step is decided."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["m"] = 0.9 * state.get("m", 0.0) + p.grad
+                p.sub_(state["m"], alpha=group["lr"])
+
+
+def test_an_error_before_the_measurement_restores_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of the groups are applied after the base has stepped."""
+    model, x = mlp(3, 4, 1), torch.randn(8, 3, dtype=torch.float64)
+    loss = lambda: model(x).square().mean()
+    slow = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()], "lr": 0.5}]
+    optimizer = CDAT(Momentum(slow), sigma=1.0)
+    optimizer.step(loss)
+    before = snapshot(optimizer)
+
+    def failing(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_mul_", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step(loss)
+    assert_same(before, snapshot(optimizer))
+    optimizer.step(loss)
+
+
+def test_a_base_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="base must have parameters, got SGD without any"):
+        CDAT(torch.optim.SGD([{"params": []}]))

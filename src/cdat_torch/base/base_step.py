@@ -69,10 +69,14 @@ class BaseStep:
         else:
             self._state = _Rehearsal(base, params)
         self.direction = self._state.direction
-        groups.scale_in_place(self._local_direction, weights)
-        if along_step:
-            groups.scale_in_place(self._local_direction, self._factors)
-            self._factors = [1.0] * len(self._factors)
+        try:
+            groups.scale_in_place(self._local_direction, weights)
+            if along_step:
+                groups.scale_in_place(self._local_direction, self._factors)
+                self._factors = [1.0] * len(self._factors)
+        except BaseException:
+            self.rollback()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -48,6 +48,9 @@ def check_base(base: Any) -> None:
         raise ValueError(msg)
     for group in base.param_groups:
         check_params(group["params"])
+    if not any(group["params"] for group in base.param_groups):
+        msg = f"base must have parameters, got {type(base).__name__} without any"
+        raise ValueError(msg)
 
 
 def check_params(params: Any) -> None:

@@ -235,7 +235,10 @@ def _read_tuner(found: Any, tuner_state: Any) -> SavedTuner:
     where = f"['param_groups'][0][{_KEY!r}]"
     _require(where, found, _DICT)
     _validate(where, found, _TUNER)
-    numbers = found.get("state")
+    if "state" not in found:
+        msg = f"state_dict{where}['state'] is missing"
+        raise ValueError(msg)
+    numbers = found["state"]
     names = sorted(map(str, numbers)) if isinstance(numbers, dict) else numbers
     expected = None if tuner_state is None else sorted(tuner_state._fields)
     if names != expected:
@@ -246,7 +249,13 @@ def _read_tuner(found: Any, tuner_state: Any) -> SavedTuner:
         raise ValueError(msg)
     if expected is not None:
         _validate(f"{where}['state']", numbers, dict.fromkeys(expected, _AMOUNT))
-    return SavedTuner(numbers, found["skipped"], found["until_refresh"])
+        numbers = {name: _item(number) for name, number in numbers.items()}
+    return SavedTuner(numbers, int(found["skipped"]), int(found["until_refresh"]))
+
+
+def _item(number: Any) -> Any:
+    """Return a Python number, given one or a tensor with one element."""
+    return number.item() if isinstance(number, Tensor) else number
 
 
 def _group_table(
