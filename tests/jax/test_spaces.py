@@ -89,9 +89,9 @@ def test_python_numbers_and_numpy_arrays_are_leaves():
     [
         (np.ones(2), np.ones((2, 1)), r"same shape, got \(2,\) and \(2, 1\)"),
         (np.ones(1), np.ones(3), r"same shape, got \(1,\) and \(3,\)"),
-        ({"a": np.ones(2)}, {"b": np.ones(2)}, "structure"),
-        ((np.ones(2), np.ones(2)), (np.ones(2),), "structure"),
-        ((np.ones(2),), [np.ones(2)], "structure"),
+        ({"a": np.ones(2)}, {"b": np.ones(2)}, "structure|Dict key mismatch"),
+        ((np.ones(2), np.ones(2)), (np.ones(2),), "structure|Tuple arity mismatch"),
+        ((np.ones(2),), [np.ones(2)], "structure|Expected tuple"),
     ],
 )
 def test_trees_that_do_not_match_are_refused(x, y, message):
