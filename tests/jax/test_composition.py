@@ -1,7 +1,7 @@
 """The transformations inside and around the combinators of Optax."""
 
-import inspect
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
