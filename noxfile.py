@@ -160,7 +160,8 @@ def core(session: nox.Session) -> None:
 @session_in("jax")
 def jax(session: nox.Session) -> None:
     """Test the JAX adapter, without torch."""
-    pytest(session, "tests/jax")
+    # Each module in one process, because its tests share compiled functions.
+    pytest(session, "--dist=loadscope", "tests/jax")
 
 
 @session_in("torch")
@@ -184,7 +185,7 @@ def types(session: nox.Session) -> None:
 @session_in("all")
 def parity(session: nox.Session) -> None:
     """Check that all backends compute the same thing."""
-    pytest(session, "tests/parity")
+    pytest(session, "--dist=loadscope", "tests/parity")
 
 
 @session_in("all")
