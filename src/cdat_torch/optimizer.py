@@ -26,8 +26,9 @@ from cdat_torch.side_effects import SideEffects, restore_on_error
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step import checkpoint
 from cdat_torch.step.closure import closure_loss
-from cdat_torch.step.evaluation import ClosureLoss, MicroBatches, PlainGradient, StepLoss
+from cdat_torch.step.evaluation import ClosureLoss, PlainGradient, StepLoss
 from cdat_torch.step.info import Decision, SkipCount, all_finite
+from cdat_torch.step.micro_batches import MicroBatches
 from cdat_torch.step.rate import rate_rule
 from cdat_torch.step.sharpness import SharpnessTracker
 

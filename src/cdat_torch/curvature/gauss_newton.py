@@ -130,7 +130,7 @@ def gauss_newton_curvature(
             return _second_derivative(composite, outputs, tangents, params)
     except (torch.OutOfMemoryError, _NotCompositeError):
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = first_line(error)
     try:
         with without_side_effects(params, start), further_differentiable(), torch.enable_grad():
@@ -138,7 +138,7 @@ def gauss_newton_curvature(
                 outputs = composite.model_fn()
             outputs, tangents = _by_double_backward(outputs, params, direction)
             curvature = _second_derivative(composite, outputs, tangents, params)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         error.add_note(
             'curvature="gauss_newton" needs a model with forward-mode or second derivatives, and a '
             'loss_fn with second derivatives; "finite_difference" needs first derivatives only'

@@ -60,16 +60,7 @@ class SearchRule:
     ) -> Decision:
         """Try rates along the direction until the search is done.
 
-        Parameters
-        ----------
-        evaluation : StepLoss
-            The loss of the step, from a closure, and the gradient of this process.
-        params, direction : sequence of Tensor
-            The parameters that have a gradient, and the step at rate 1.
-        present : Tensor
-            The rate in use.
-        replicas : Replicas
-            The other processes.
+        The parameters are those of `cdat_torch.step.rate.TunerRule.choose`.
         """
         assert isinstance(evaluation, ClosureLoss)
         space = TensorListSpace()
