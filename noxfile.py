@@ -261,7 +261,7 @@ def newest(session: nox.Session) -> None:
 
 @session_in("all", default=False)
 def coverage(session: nox.Session) -> None:
-    """Measure the coverage of the default tests; fail below the recorded figure."""
+    """Measure the coverage of the default tests."""
     run(session, "coverage", "erase")
     options = ("--numprocesses=2", "--dist=loadscope", "--cov", "--cov-append", "--cov-report=")
     for folder in session.posargs or TESTS:
