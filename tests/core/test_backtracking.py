@@ -154,11 +154,12 @@ def test_state_that_is_done_stays_as_it_is(scalar, told, late):
     assert [float(field) for field in after] == [float(field) for field in state]
 
 
+@pytest.mark.parametrize("value", [1.0, -1.0])
 @pytest.mark.parametrize(("rtol", "failed"), [(None, False), (0.0, True)])
-def test_rounding_of_the_loss_does_not_block_the_search(scalar, eps, rtol, failed):
+def test_rounding_of_the_loss_does_not_block_the_search(scalar, eps, value, rtol, failed):
     """Near a minimum every trial may come out one unit of rounding above the start."""
     search = linesearch.backtracking(value_rtol=rtol)
-    state, _, _ = search_along(search, scalar, lambda t: 1 + eps * (t > 0), -1e-3 * eps)
+    state, _, _ = search_along(search, scalar, lambda t: value + eps * (t > 0), -1e-3 * eps)
     assert bool(state.failed) is failed
     assert float(state.step_size) == (0.0 if failed else 1.0)
 
