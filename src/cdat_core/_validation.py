@@ -80,3 +80,10 @@ def count(name: str, value: Any, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(msg)
     return int(value)
+
+
+def whole(name: str, value: Any, *, minimum: int = 1) -> Hyperparameter:
+    """Require a Python integer >= `minimum`, or an array of integers, which may be traced."""
+    if hasattr(value, "dtype") and namespace(value).isdtype(value.dtype, "integral"):
+        return value
+    return count(name, value, minimum=minimum)

@@ -146,6 +146,8 @@ GOOD = {
     "gen": (tuners.gen(), {}),
     "polyak": (tuners.polyak(), {}),
     "hypergradient": (tuners.hypergradient(), {}),
+    "self-tuning": (tuners.self_tuning(), {}),
+    "cooldown": (tuners.self_tuning(total_steps=6), {}),
     "sharpness-edge": (
         tuners.sharpness_edge(),
         {"loss_scale_invariant": False, "direction_scale_inverse": False},
@@ -189,9 +191,26 @@ def stepping_on_bad_ones(measurement, state):
     return rate + (after.skipped > state.skipped), after
 
 
+def observing(observe):
+    """Return a self-tuning tuner that observes the loss in a wrong way."""
+    return tuners.self_tuning()._replace(observe=observe)
+
+
+def moving_on_bad_losses(value, state):
+    rate, after = tuners.self_tuning().observe(value, state)
+    return rate + state.rate * np.isnan(value), after
+
+
+def remembering_bad_losses(value, state):
+    rate, after = tuners.self_tuning().observe(value, state)
+    return rate, after._replace(retreat=after.retreat + np.isnan(value))
+
+
 @pytest.mark.parametrize(
     ("tuner", "message"),
     [
+        (observing(moving_on_bad_losses), "observed loss of nan must give the rate 0"),
+        (observing(remembering_bad_losses), "observed loss of nan must leave state.retreat"),
         (built(negative), "finite and not negative"),
         (built(forgetful), "add 1 to skipped, it added 0"),
         (built(wide), "keep its type, dtypes and shapes"),

@@ -44,6 +44,7 @@ CLASSICAL = {
     "sharpness-edge": tuners.sharpness_edge(),
     "sharpness-edge-guarded": tuners.sharpness_edge(1.0, initial_learning_rate=0.1, max_growth=1.1),
 }
+SELF_TUNING = {"self-tuning": tuners.self_tuning(), "self-tuning-sgd": tuners.self_tuning(0.0)}
 FIXED = {
     "constant": tuners.constant(0.1),
     "scheduled": tuners.scheduled(lambda step: 0.1 / (1 + step)),
@@ -89,7 +90,7 @@ def same_state(left, right, *, apart_from=()):
     )
 
 
-@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, SELF_TUNING, FIXED)
 @few
 @given(data=st.data())
 def test_rate_is_nonnegative_and_finite(tuner, scalar, dtype, data):
@@ -201,7 +202,7 @@ def test_zero_curvature_holds_no_rate_along_an_ascent(scalar):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("field", Measurement._fields)
-@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, SELF_TUNING, FIXED)
 def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
     """In any field, also one the tuner does not need."""
     rates, state = run(tuner, scalar, [(-1.0, 2.0), (-0.5, 1.0)])
@@ -216,7 +217,7 @@ def test_non_finite_measurement_is_skipped(tuner, scalar, field, bad):
 
 
 @pytest.mark.parametrize("field", ["value", "slope", "curvature"])
-@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, SELF_TUNING, FIXED)
 def test_measurement_beyond_the_dtype_of_the_state_is_skipped(tuner, xp, field):
     """A float64 measurement may overflow a float32 state: it must not enter the averages."""
     wide, narrow = (partial(xp.asarray, dtype=dtype) for dtype in (xp.float64, xp.float32))
@@ -237,7 +238,7 @@ def test_rule_whose_rate_is_not_finite_is_skipped(scalar):
     assert (float(rate), float(after.rate), int(after.skipped)) == (0.0, 0.5, 1)
 
 
-@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, FIXED)
+@over(QUADRATIC, GUARDED, WITH_EPS, CLASSICAL, SELF_TUNING, FIXED)
 @pytest.mark.parametrize("measured", ["float32", "float64"])
 def test_dtype_and_array_type_are_kept(tuner, xp, dtype, scalar, measured):
     """Whatever the dtype of the measurements; numpy may return its scalars for 0-d arrays."""
@@ -281,7 +282,7 @@ def test_named_rules_are_special_cases_of_cdat(scalar):
     assert run(tuners.on_edge(), scalar, history)[0] == pytest.approx([1.0, 0.0, 12.0])
 
 
-@over(QUADRATIC, GUARDED, CLASSICAL, FIXED)
+@over(QUADRATIC, GUARDED, CLASSICAL, SELF_TUNING, FIXED)
 def test_batch_of_tuners_equals_single_tuners(tuner, xp, dtype, scalar):
     """A `like` with a shape runs independent tuners, here with one skip and one hold among them."""
     table = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cdat_core._arrays import namespace
@@ -24,7 +24,8 @@ def check_tuner(
     The laws: rates are finite and not negative; the state keeps its type, shapes and dtypes; the
     arguments are not modified; a measurement that is not finite gives rate 0, leaves the averages
     unchanged and is counted; and, unless switched off, scaling the loss does not change the rate
-    and scaling the direction by c scales the rate by 1/c.
+    and scaling the direction by c scales the rate by 1/c. A tuner that observes the loss between
+    measurements is checked there too.
 
     Parameters
     ----------
@@ -69,50 +70,86 @@ def check_tuner(
     for bad in (math.nan, math.inf, -math.inf):
         for field in sorted(tuner.needs):
             _check_skip(tuner, like, history[0], field, bad)
+        if tuner.observe is not None:
+            _check_skip(tuner, like, history[0], None, bad)
 
 
 def _follow(tuner: Tuner[Any], like: Scalar, history: Sequence[tuple[float, ...]]) -> list[float]:
-    """Return the rates along measurements; check that updates are pure and keep the dtypes."""
+    """Return the rates along measurements; check that updates are pure and keep the dtypes.
+
+    If the tuner observes the loss, every measurement is followed by an observation.
+    """
     state, rates = tuner.init(like), []
-    wanted = [(field.dtype, tuple(field.shape)) for field in state]
     for numbers in history:
-        before = [number(field) for field in state]
         measurement = _measurement(like, numbers)
-        rate, following = tuner.update(measurement, state)
-        again, _ = tuner.update(measurement, state)
-        require(
-            number(rate) == number(again) and before == [number(field) for field in state],
-            "tuner: update must be pure: the same measurement and state gave another rate, or the "
-            "state was changed in place",
-        )
-        found = [(field.dtype, tuple(field.shape)) for field in following]
-        require(
-            type(following) is type(state) and found == wanted,
-            f"tuner: the state must keep its type, dtypes and shapes: {wanted} became {found}",
-        )
-        require(
-            rate.dtype == like.dtype,
-            f"tuner: the rate must have the dtype of the state, got {rate.dtype}",
-        )
-        rates.append(number(rate))
-        state = following
+        rate, state = _applied("update", tuner.update, measurement, state, like)
+        rates.append(rate)
+        if tuner.observe is not None:
+            rate, state = _applied("observe", tuner.observe, measurement.value, state, like)
+            rates.append(rate)
     return rates
 
 
+def _applied(
+    name: str, function: Callable[..., Any], seen: Any, state: Any, like: Scalar
+) -> tuple[float, Any]:
+    """Return rate and state after one call; check that it is pure and keeps the dtypes."""
+    before = [number(field) for field in _fields(state).values()]
+    rate, following = function(seen, state)
+    again, _ = function(seen, state)
+    same = before == [number(field) for field in _fields(state).values()]
+    require(
+        number(rate) == number(again) and same,
+        f"tuner: {name} must be pure: the same {'measurement' if name == 'update' else 'loss'} and "
+        "state gave another rate, or the state was changed in place",
+    )
+    wanted, found = (
+        [(name, field.dtype, tuple(field.shape)) for name, field in _fields(s).items()]
+        for s in (state, following)
+    )
+    require(
+        type(following) is type(state) and found == wanted,
+        f"tuner: the state must keep its type, dtypes and shapes: {wanted} became {found}",
+    )
+    require(
+        rate.dtype == like.dtype,
+        f"tuner: the rate must have the dtype of the state, got {rate.dtype}",
+    )
+    return number(rate), following
+
+
+def _fields(state: Any) -> dict[str, Scalar]:
+    """Return the scalars of a state by name; those of a state inside it as ``outer.inner``."""
+    fields = {}
+    for name, field in state._asdict().items():
+        if hasattr(field, "_asdict"):
+            fields.update({f"{name}.{inner}": x for inner, x in _fields(field).items()})
+        else:
+            fields[name] = field
+    return fields
+
+
 def _check_skip(
-    tuner: Tuner[Any], like: Scalar, numbers: tuple[float, ...], field: str, bad: float
+    tuner: Tuner[Any], like: Scalar, numbers: tuple[float, ...], field: str | None, bad: float
 ) -> None:
-    """Check the response to one bad field after a good measurement."""
+    """Check the response to one bad field after a good measurement; None is the observed loss."""
     good = _measurement(like, numbers)
     _, state = tuner.update(good, tuner.init(like))
-    rate, after = tuner.update(good._replace(**{field: like * 0 + bad}), state)
-    law = f"tuner: a {field} of {bad!r} must"
+    if field is None:
+        assert tuner.observe is not None
+        rate, after = tuner.observe(like * 0 + bad, state)
+    else:
+        rate, after = tuner.update(good._replace(**{field: like * 0 + bad}), state)
+    law = f"tuner: a {field or 'observed loss'} of {bad!r} must"
     require(number(rate) == 0, f"{law} give the rate 0, got {number(rate)!r}")
     counted = number(after.skipped) - number(state.skipped)
     require(counted == 1, f"{law} add 1 to skipped, it added {counted:g}")
-    for name in state._fields:
-        same = number(getattr(after, name)) == number(getattr(state, name))
-        require(same or name == "skipped", f"{law} leave state.{name}")
+    old = _fields(state)
+    for name, new in _fields(after).items():
+        same = number(new) == number(old[name])
+        # Around another tuner, as in a cooldown, a skipped step is a step of the run.
+        counts = name.endswith("skipped") or (name == "step" and "tuner_state.rate" in old)
+        require(same or counts, f"{law} leave state.{name}")
 
 
 def _measurement(like: Scalar, numbers: tuple[float, ...]) -> Measurement:
