@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Callable
+from typing import Any, Unpack, overload
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cdat_core import tuners
-from cdat_core.extend import name_guards
+from cdat_core.extend import name_guards, validation
 from cdat_core.tuners import GuardOptions
+from cdat_torch.base import groups
+from cdat_torch.messages import warn
 from cdat_torch.optimizer import TunedOptimizer
 
 
 class CDAT(TunedOptimizer):
-    """Any ``torch.optim`` optimizer at the CDAT learning rate (arXiv:2407.06183).
+    """Any ``torch.optim`` optimizer at a learning rate that follows the curvature.
 
-    `TunedOptimizer` with `cdat_core.tuners.cdat`.
+    By default there is nothing to choose: `cdat_core.tuners.self_tuning`, for training on
+    mini-batches. With `full_batch`, or with any of the hyperparameters from `sigma` on, it is the
+    published CDAT rule (arXiv:2407.06183), `cdat_core.tuners.cdat`.
 
     Parameters
     ----------
     base : torch.optim.Optimizer
-        The optimizer that gives the direction.
+        The optimizer that gives the direction. The self-tuning rule reads its momentum.
+    total_steps : int, optional
+        The number of steps of the run. The rate then falls to 0 over the last 30 % of them; later
+        steps have the rate 0, with one warning. Without it, evaluate with `averaged`. A checkpoint
+        may go on with another number.
+    full_batch : bool
+        Whether each step sees all the data. Then the rule is the published one with sigma = 1.9 and
+        no average, measured in each step.
+    average : bool, optional
+        Keep an average of the weights for `averaged`. By default it is kept by the self-tuning rule
+        without `total_steps`.
     sigma, decay, eps
-        See `cdat_core.tuners.cdat`.
+        See `cdat_core.tuners.cdat`; by default 2, 0.9 and 0.
     curvature, every, max_consecutive_skips, process_group
         See `TunedOptimizer`.
     initial_learning_rate, max_growth, max_learning_rate
-        Guards on the rate; see `cdat_core.tuners.cdat`.
+        Guards on the rate of the published rule; see `cdat_core.tuners.cdat`.
 
     Examples
     --------
     >>> import torch
     >>> from cdat_torch import CDAT
     >>> model = torch.nn.Linear(3, 1)
-    >>> optimizer = CDAT(torch.optim.Adam(model.parameters()), sigma=1.9)
+    >>> optimizer = CDAT(torch.optim.Adam(model.parameters()), total_steps=1000)
     >>> loss = optimizer.step(lambda: (model(torch.ones(4, 3)) - 1.0).square().mean())
     """
 
@@ -42,20 +58,60 @@ class CDAT(TunedOptimizer):
         self,
         base: Optimizer,
         *,
-        sigma: Any = 2.0,
-        decay: Any = 0.9,
-        eps: Any = 0.0,
+        total_steps: int | None = None,
+        full_batch: bool = False,
+        average: bool | None = None,
+        sigma: Any = None,
+        decay: Any = None,
+        eps: Any = None,
         curvature: str = "auto",
-        every: int = 1,
+        every: int | None = None,
         max_consecutive_skips: int | None = None,
         process_group: Any = None,
         **guards: Unpack[GuardOptions],
     ) -> None:
+        groups.check_base(base)
+        if total_steps is not None:
+            total_steps = validation.count("total_steps", total_steps)
+        published = full_batch or any(
+            option is not None for option in (sigma, decay, eps, *guards.values())
+        )
+        tuner: tuners.Tuner[Any]
+        if published:
+            tuner = tuners.cdat(
+                _default(sigma, 1.9 if full_batch else 2.0),
+                _default(decay, 0.0 if full_batch else 0.9),
+                _default(eps, 0.0),
+                **guards,
+            )
+            if total_steps is not None:
+                tuner = tuners.with_cooldown(tuner, total_steps)
+        else:
+            tuner = tuners.self_tuning(groups.momentum(base.param_groups), total_steps)
         super().__init__(
             base,
-            tuners.cdat(sigma, decay, eps, **guards),
+            tuner,
             curvature=curvature,
             every=every,
+            average=_default(average, total_steps is None and not published),
             max_consecutive_skips=max_consecutive_skips,
             process_group=process_group,
         )
+        self._total_steps = total_steps
+
+    @overload  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Tensor: ...
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
+        """Take one step; see `TunedOptimizer.step`."""
+        if self._rule.progress.step == self._total_steps:
+            warn(
+                f"the {self._total_steps} steps of total_steps are taken: the learning rate is 0 "
+                "from now on; create the optimizer with the length of the whole run"
+            )
+        return super().step(closure)
+
+
+def _default(option: Any, default: Any) -> Any:
+    return default if option is None else option

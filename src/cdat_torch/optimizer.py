@@ -7,7 +7,8 @@ the tuner for the rate, and the parameters move by rate times multiplier times u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -25,6 +26,7 @@ from cdat_torch.interrupts import defer_interrupts
 from cdat_torch.side_effects import SideEffects, restore_on_error
 from cdat_torch.spaces import scalar_dtype
 from cdat_torch.step import checkpoint
+from cdat_torch.step.average import WeightAverage
 from cdat_torch.step.closure import closure_loss
 from cdat_torch.step.evaluation import ClosureLoss, PlainGradient, StepLoss
 from cdat_torch.step.info import Decision, SkipCount, all_finite
@@ -69,9 +71,11 @@ class TunedOptimizer(Optimizer):
         computes a gradient only if the search asks for the slope of a trial.
     curvature : str
         How the curvature is computed; see `cdat_torch.measure`.
-    every : int
-        Measure curvature and sharpness once in `every` steps and hold the rate in between; the step
-        after a skipped one measures.
+    every : int, optional
+        Measure curvature and sharpness once in `every` steps. By default the tuner decides when it
+        wants a measurement; most tuners want one in each step. A measurement that was skipped is
+        repeated in the next step. In between, the last positive rate is held, or changes with the
+        loss if the tuner observes that.
     sharpness_matvecs : int
         Hessian-vector products for the sharpness, if the tuner needs it, in each step that
         measures; the first measurement takes at least 20, because it starts from a random vector.
@@ -80,6 +84,9 @@ class TunedOptimizer(Optimizer):
         ``v -> P^-1/2 v`` on lists of tensors like the parameters that require grad; the sharpness
         is the largest eigenvalue of ``P^-1/2 H P^-1/2``. It is called after the base has updated
         its state. By default P is ``sqrt(v_hat) + eps`` for Adam and AdamW, else the identity.
+    average : bool
+        Keep a running average of the weights, for evaluation; see `averaged`. It takes as much
+        memory as the parameters, in float32 at least.
     max_consecutive_skips : int, optional
         Raise a RuntimeError after this many consecutive skipped steps. Each step then waits for the
         device once more. By default there is no limit.
@@ -117,9 +124,10 @@ class TunedOptimizer(Optimizer):
         tuner_or_search: Tuner[Any] | LineSearch,
         *,
         curvature: str = "auto",
-        every: int = 1,
+        every: int | None = None,
         sharpness_matvecs: int = 8,
         inverse_sqrt: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+        average: bool = False,
         max_consecutive_skips: int | None = None,
         process_group: Any = None,
     ) -> None:
@@ -144,6 +152,7 @@ class TunedOptimizer(Optimizer):
         self.__setstate__({})
         self._rate = zero
         self._skips = skips
+        self._average = WeightAverage(first.device) if average else None
         self._micro_batches = MicroBatches()
         self._replicas = replicas
         self.last: StepInfo | None = None
@@ -186,13 +195,19 @@ class TunedOptimizer(Optimizer):
             Shaped as for every ``torch.optim`` optimizer; loads with
             ``torch.load(weights_only=True)``.
         """
-        numbers = checkpoint.numbers_of(self._rule.state)
-        return checkpoint.write(
-            super().state_dict(),
-            self.base,
-            checkpoint.SavedTuner(numbers, int(self._skips.total), self._rule.until_refresh),
-            None if self._rule.tracker is None else self._rule.tracker.vector,
+        rule, average, params = self._rule, self._average, self._trainable()
+        vectors = {}
+        if rule.tracker is not None:
+            vectors[checkpoint.EIGENVECTOR] = rule.tracker.saved(params)
+        if average is not None:
+            vectors[checkpoint.AVERAGE] = average.saved(params)
+        tuner = checkpoint.SavedTuner(
+            checkpoint.numbers_of(rule.state),
+            int(self._skips.total),
+            rule.progress,
+            0 if average is None else average.taken,
         )
+        return checkpoint.write(super().state_dict(), self.base, tuner, vectors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; everything is checked before anything changes.
@@ -211,9 +226,13 @@ class TunedOptimizer(Optimizer):
             If the state belongs to another tuner or to other parameters, or holds a number that is
             negative or not finite, or a tensor of another shape.
         """
-        saved, tuner, vector = checkpoint.read(state_dict, self.base, self._rule.state)
+        saved, tuner, vectors = checkpoint.read(state_dict, self.base, self._rule.state)
         self.base.load_state_dict(saved)
-        self._rule.load(tuner, vector)
+        self._rule.load(tuner, vectors[checkpoint.EIGENVECTOR])
+        if self._average is not None:
+            self._average.load(
+                vectors[checkpoint.AVERAGE], 0 if tuner is None else tuner.averaged_steps
+            )
         self._skips.load(0 if tuner is None else tuner.skipped)
         self._rate = torch.full_like(self._rate, float(self.param_groups[0]["tuned_lr"]))
         for group in self.param_groups:
@@ -306,6 +325,9 @@ class TunedOptimizer(Optimizer):
         the random state. The exception are buffers that compiled modules changed in the first call.
         For this the old ``.grad`` is kept in memory; call `zero_grad` first to avoid that.
         """
+        if self._average is not None and self._average.in_use:
+            msg = "step was called inside averaged(): leave the block to go on training"
+            raise RuntimeError(msg)
         # Without a closure nothing is evaluated here that would have to be restored.
         params = [] if closure is None else self._trainable()
         with restore_on_error(params) as effects, torch.no_grad():
@@ -322,6 +344,45 @@ class TunedOptimizer(Optimizer):
         if isinstance(evaluation, ClosureLoss):
             return evaluation.value.to(evaluation.loss.dtype)
         return evaluation.value
+
+    @contextmanager
+    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Give the parameters their averaged values inside a ``with`` block, to evaluate or save.
+
+        Afterwards, also after an error, they are as before, bit for bit. Before the first step the
+        averages are the present values.
+
+        Parameters
+        ----------
+        model : torch.nn.Module, optional
+            Its buffers are put back too. The running statistics of BatchNorm belong to the last
+            weights, so recompute them for the averaged ones inside the block, for instance with
+            ``torch.optim.swa_utils.update_bn``.
+
+        Raises
+        ------
+        RuntimeError
+            If no average is kept, or inside another such block.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from cdat_torch import CDAT
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> optimizer = CDAT(torch.optim.SGD([w]))
+        >>> for _ in range(100):
+        ...     loss = optimizer.step(lambda: (w * w).sum())
+        >>> with optimizer.averaged():
+        ...     evaluated = w.item()
+        >>> 0 < w.item() < evaluated < 1
+        True
+        """
+        if self._average is None:
+            msg = "no average of the weights is kept; create the optimizer with average=True"
+            raise RuntimeError(msg)
+        buffers = [] if model is None else list(model.buffers())
+        with self._average.swapped_in(self._trainable(), buffers):
+            yield
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -360,13 +421,15 @@ class TunedOptimizer(Optimizer):
         params = [p for p in self._trainable() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         if not all_finite(grads if value is None else [value, *grads]):
-            self._rule.measure_next()
+            self._rule.skip()
             decision = Decision.skipped(self._rate)
         else:
-            held = self._rule.try_held_step(self.base, self._rate, replicas=self._replicas)
+            held = self._rule.try_held_step(self.base, value, replicas=self._replicas)
             decision = held or self._measure_and_move(evaluation, params)
         self._rate = decision.rate
         self._skips.add(decision.skip)
+        if self._average is not None:
+            self._average.add(self._trainable(), skip=decision.skip)
         for group in self.param_groups:
             group["tuned_lr"] = decision.rate
         self.last = decision.info(value, self._skips.total)

@@ -17,6 +17,8 @@ from cdat_torch import pytorch_internals
 
 Group = dict[str, Any]
 
+_LARGEST_MOMENTUM = 0.999
+
 # What each of these does that no wrapper can allow, and what to use instead.
 _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
     torch.optim.LBFGS: ("choose step lengths itself", "wrap SGD with a line search"),
@@ -71,6 +73,17 @@ def multiplier(group: Group, defaults: dict[str, Any]) -> float:
         msg = f"base must have a default lr > 0 when groups differ, got {default} (group: {lr})"
         raise ValueError(msg)
     return lr / default
+
+
+def momentum(groups: Sequence[Group]) -> float:
+    """Return the largest momentum, or first beta, of the groups; 0 if they have none."""
+    found = [0.0]
+    for group in groups:
+        betas = group.get("betas")
+        first = betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum")
+        if isinstance(first, int | float | Tensor):
+            found.append(float(first))
+    return min(max(found), _LARGEST_MOMENTUM)
 
 
 def adopt(group: Group, weight: float, rate: Tensor) -> None:

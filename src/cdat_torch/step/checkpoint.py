@@ -10,30 +10,60 @@ top level, a group, the tuner, and the state of a parameter.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_torch.base.direction import adapter_of
 from cdat_torch.distributed.dtensor import all_agree, local
 from cdat_torch.messages import warn
+from cdat_torch.step.progress import Progress
+from cdat_torch.step.requirements import (
+    AMOUNT,
+    AMOUNTS,
+    AVERAGE,
+    DICT,
+    EIGENVECTOR,
+    NUMBER,
+    RATE_ENTRIES,
+    TOP,
+    TUNER,
+    TUNER_BEFORE_0_2,
+    VECTORS,
+    as_dict,
+    group_table,
+    require,
+    state_table,
+    validate,
+)
 
 _KEY = "tuner"
-_VECTOR = "sharpness_vector"
-_RATE_ENTRIES = ("lr", "direction_weight", "tuned_lr")
+
+__all__ = ["AVERAGE", "EIGENVECTOR", "Checkpoint", "SavedTuner", "read", "write"]
 
 
 class SavedTuner(NamedTuple):
-    """The tuner's part of a checkpoint; `state` maps field names to Python numbers."""
+    """The tuner's part of a checkpoint.
+
+    Attributes
+    ----------
+    state : dict or None
+        Maps the fields of the tuner's state to Python numbers, or to such a dict for a state inside
+        it. None for a line search.
+    skipped : int
+        Steps skipped so far.
+    progress : Progress
+        How far the schedule of measurements is.
+    averaged_steps : int
+        Steps in the average of the weights.
+    """
 
     state: dict[str, Any] | None
     skipped: int
-    until_refresh: int
+    progress: Progress = Progress()
+    averaged_steps: int = 0
 
 
 class Checkpoint(NamedTuple):
@@ -45,37 +75,40 @@ class Checkpoint(NamedTuple):
         The state_dict of the base.
     tuner : SavedTuner or None
         None if the checkpoint was saved by a plain optimizer.
-    eigenvector : dict
-        The eigenvector of the sharpness by parameter; empty if there is none.
+    vectors : dict
+        Vectors by name and parameter: `EIGENVECTOR`, `AVERAGE`. One that is not known is empty.
     """
 
     base: dict[str, Any]
     tuner: SavedTuner | None
-    eigenvector: dict[Tensor, Tensor]
+    vectors: dict[str, dict[Tensor, Tensor]]
 
 
 def write(
     state_dict: dict[str, Any],
     base: Optimizer,
     tuner: SavedTuner,
-    eigenvector: dict[Tensor, Tensor] | None,
+    vectors: Mapping[str, Mapping[Tensor, Tensor]],
 ) -> dict[str, Any]:
     """Return the `state_dict` of the base with the tuner's part added.
 
-    `eigenvector` is None if the tuner needs none. Parts that are not known yet are stored as zeros:
+    `vectors` are by name and parameter. A vector that is kept but not known yet holds zeros:
     distributed checkpointing loads only the entries that the new optimizer's state already has.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         group["tuned_lr"] = float(group["tuned_lr"])
-        group[_KEY] = tuner._asdict()
+        group[_KEY] = {
+            "state": tuner.state,
+            "skipped": tuner.skipped,
+            **tuner.progress._asdict(),
+            "averaged_steps": tuner.averaged_steps,
+        }
     state = dict(state_dict["state"])
-    if eigenvector is not None:
+    for name, vector in vectors.items():
         for index, p in _by_index(groups, base).items():
-            if p.requires_grad:
-                part = eigenvector.get(p)
-                part = torch.zeros_like(p, requires_grad=False) if part is None else part
-                state[index] = {**state.get(index, {}), _VECTOR: part}
+            if p in vector:
+                state[index] = {**state.get(index, {}), name: vector[p]}
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -96,46 +129,52 @@ def read(state_dict: Any, base: Optimizer, tuner_state: Any) -> Checkpoint:
     ValueError
         If an entry is missing or not what the tables require.
     """
-    _require("", state_dict, _DICT)
-    _validate("", state_dict, _TOP)
+    require("", state_dict, DICT)
+    validate("", state_dict, TOP)
     groups = [
-        _as_dict(f"['param_groups'][{i}]", g) for i, g in enumerate(state_dict["param_groups"])
+        as_dict(f"['param_groups'][{i}]", g) for i, g in enumerate(state_dict["param_groups"])
     ]
-    state = {
-        index: _as_dict(f"['state'][{index!r}]", s) for index, s in state_dict["state"].items()
-    }
+    state = {index: as_dict(f"['state'][{index!r}]", s) for index, s in state_dict["state"].items()}
     if len(groups) != len(base.param_groups):
         msg = f"state_dict must hold {len(base.param_groups)} parameter groups, got {len(groups)}"
         raise ValueError(msg)
     tuner = _pop_tuner(groups, base, tuner_state)
     for i, (group, present) in enumerate(zip(groups, base.param_groups, strict=True)):
-        _validate(f"['param_groups'][{i}]", group, _group_table(group, present, base.defaults))
+        validate(f"['param_groups'][{i}]", group, group_table(group, present, base.defaults))
     params = _by_index(groups, base)
     for index, entries in state.items():
         if index not in params:
             msg = f"keys of state_dict['state'] must be parameter indices, got {index!r}"
             raise ValueError(msg)
-        _validate(f"['state'][{index!r}]", entries, _state_table(entries, params[index], base))
-    eigenvector = _pop_eigenvector(state, params)
-    # Drop entries that held only the eigenvector: an empty state would tell the base that it has
-    # taken a step.
+        validate(f"['state'][{index!r}]", entries, state_table(entries, params[index], base))
+    vectors = {name: _pop_vector(name, state, params) for name in VECTORS}
+    # Drop entries that held only vectors: an empty state would tell the base that it has taken a
+    # step.
     state = {index: s for index, s in state.items() if s or not state_dict["state"][index]}
     saved = {**state_dict, "state": state, "param_groups": groups}
-    return Checkpoint(saved, tuner, eigenvector)
+    return Checkpoint(saved, tuner, vectors)
 
 
 def numbers_of(tuner_state: Any) -> dict[str, Any] | None:
     """Return the state of a tuner as Python numbers by field; None for None."""
     if tuner_state is None:
         return None
-    return {name: field.item() for name, field in tuner_state._asdict().items()}
+    return {
+        name: numbers_of(field) if hasattr(field, "_asdict") else field.item()
+        for name, field in tuner_state._asdict().items()
+    }
 
 
 def state_from_numbers(numbers: dict[str, Any] | None, like: Any) -> Any:
     """Return a tuner state like `like` with the values of `numbers`."""
     assert numbers is not None
     return type(like)(
-        *(torch.full_like(field, numbers[name]) for name, field in like._asdict().items())
+        *(
+            state_from_numbers(numbers[name], field)
+            if hasattr(field, "_asdict")
+            else torch.full_like(field, numbers[name])
+            for name, field in like._asdict().items()
+        )
     )
 
 
@@ -163,7 +202,7 @@ def _pop_tuner(
             "learning-rate multipliers stay as they are"
         )
         for group, present in zip(groups, base.param_groups, strict=True):
-            group.update({name: present[name] for name in _RATE_ENTRIES})
+            group.update({name: present[name] for name in RATE_ENTRIES})
         return None
     for i, part in enumerate(found):
         if part is None:
@@ -175,176 +214,60 @@ def _pop_tuner(
     return _read_tuner(found[0], tuner_state)
 
 
-def _pop_eigenvector(
-    state: dict[Any, dict[str, Any]], params: dict[int | str, Tensor]
+def _pop_vector(
+    name: str, state: dict[Any, dict[str, Any]], params: dict[int | str, Tensor]
 ) -> dict[Tensor, Tensor]:
-    """Remove the eigenvector from `state` and return it by parameter; empty if it is zero."""
-    saved = {params[i]: entries.pop(_VECTOR) for i, entries in state.items() if _VECTOR in entries}
-    eigenvector = {p: part.detach().to(p, copy=True) for p, part in saved.items()}
-    zero = not any(bool(local(part).any()) for part in eigenvector.values())
-    return {} if all_agree(zero, eigenvector.values()) else eigenvector
-
-
-# What each entry must be.
-
-
-class _Requirement(NamedTuple):
-    description: str
-    holds: Callable[[Any], bool]
-
-
-def _require(where: str, value: Any, requirement: _Requirement) -> None:
-    if not requirement.holds(value):
-        msg = f"state_dict{where} must be {requirement.description}, got {value!r}"
-        raise ValueError(msg)
-
-
-def _validate(where: str, values: dict[str, Any], table: Mapping[str, _Requirement]) -> None:
-    """Raise a ValueError unless `values` has every entry of the table, as required."""
-    for name, requirement in table.items():
-        _require(f"{where}[{name!r}]", values.get(name), requirement)
-
-
-def _as_dict(where: str, values: Any) -> dict[str, Any]:
-    _require(where, values, _DICT)
-    return dict(values)
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether `value` is a single finite number; a tensor with one element counts."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        return False
-    return torch.as_tensor(value).numel() == 1 and math.isfinite(value)
-
-
-def _are_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int | str) for i in value)
-
-
-_DICT = _Requirement("a dict", lambda value: isinstance(value, dict))
-_LIST = _Requirement("a list", lambda value: isinstance(value, list))
-_INDICES = _Requirement("a list of parameter indices", _are_indices)
-_AMOUNT = _Requirement("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
-
-_TOP = {"state": _DICT, "param_groups": _LIST}
-_TUNER = {"skipped": _AMOUNT, "until_refresh": _AMOUNT}
+    """Remove a vector from `state` and return it by parameter; empty if it is zero."""
+    saved = {params[i]: entries.pop(name) for i, entries in state.items() if name in entries}
+    vector = {p: part.detach().to(p.device, copy=True) for p, part in saved.items()}
+    zero = not any(bool(local(part).any()) for part in vector.values())
+    return {} if all_agree(zero, vector.values()) else vector
 
 
 def _read_tuner(found: Any, tuner_state: Any) -> SavedTuner:
     """Validate the tuner's part against the present state of the tuner and return it."""
     where = f"['param_groups'][0][{_KEY!r}]"
-    _require(where, found, _DICT)
-    _validate(where, found, _TUNER)
+    require(where, found, DICT)
+    old = "until_refresh" in found
+    validate(where, found, TUNER_BEFORE_0_2 if old else TUNER)
     if "state" not in found:
         msg = f"state_dict{where}['state'] is missing"
         raise ValueError(msg)
     numbers = found["state"]
+    if tuner_state is None and numbers is not None:
+        msg = f"state_dict must hold no tuner state, got {numbers}; was it saved with a tuner?"
+        raise ValueError(msg)
+    if tuner_state is not None:
+        numbers = _read_numbers(f"{where}['state']", numbers, tuner_state)
+    if old:
+        progress = Progress.until_refresh(int(found["until_refresh"]))
+        return SavedTuner(numbers, int(found["skipped"]), progress)
+    progress = Progress(int(found["step"]), bool(found["due"]))
+    return SavedTuner(numbers, int(found["skipped"]), progress, int(found["averaged_steps"]))
+
+
+def _read_numbers(where: str, numbers: Any, like: Any) -> dict[str, Any]:
+    """Validate the numbers of a tuner state like `like` and return them."""
     names = sorted(map(str, numbers)) if isinstance(numbers, dict) else numbers
-    expected = None if tuner_state is None else sorted(tuner_state._fields)
-    if names != expected:
+    if names != sorted(like._fields):
         msg = (
-            f"state_dict must hold a tuner state with the fields {expected}, got {names}; was it "
-            "saved with another tuner?"
+            f"state_dict{where} must hold a tuner state with the fields {sorted(like._fields)}, "
+            f"got {names}; was it saved with another tuner, or with total_steps in one of the two "
+            "only? Since version 0.2, CDAT without sigma is the self-tuning rule; sigma=2.0 is "
+            "what it was before"
         )
         raise ValueError(msg)
-    if expected is not None:
-        _validate(f"{where}['state']", numbers, dict.fromkeys(expected, _AMOUNT))
-        numbers = {name: _item(number) for name, number in numbers.items()}
-    return SavedTuner(numbers, int(found["skipped"]), int(found["until_refresh"]))
+    read = {}
+    for name, field in like._asdict().items():
+        if hasattr(field, "_asdict"):
+            read[name] = _read_numbers(f"{where}[{name!r}]", numbers[name], field)
+            continue
+        requirement = AMOUNT if name in AMOUNTS else NUMBER
+        require(f"{where}[{name!r}]", numbers[name], requirement)
+        read[name] = _item(numbers[name])
+    return read
 
 
 def _item(number: Any) -> Any:
     """Return a Python number, given one or a tensor with one element."""
     return number.item() if isinstance(number, Tensor) else number
-
-
-def _group_table(
-    found: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]
-) -> dict[str, _Requirement]:
-    """Return the requirements for a group; options that it lacks keep their defaults."""
-    options = {
-        name: _Requirement(
-            f"of the same kind as the current value {present[name]!r}, and finite",
-            partial(_is_like, present[name]),
-        )
-        for name in defaults
-        if name in found
-    }
-    return {**options, "params": _INDICES, **dict.fromkeys(_RATE_ENTRIES, _AMOUNT)}
-
-
-def _is_like(present: Any, value: Any) -> bool:
-    """Return whether a saved option may replace the present one."""
-    if isinstance(present, tuple | list):
-        if not isinstance(value, tuple | list) or len(value) != len(present):
-            return False
-        return all(map(_is_like, present, value))
-    if isinstance(present, bool):
-        return value is None or isinstance(value, bool)
-    if isinstance(present, int | float | Tensor):
-        return _is_number(value)
-    if present is None:
-        return value is None or isinstance(value, bool) or _is_number(value)
-    return True
-
-
-# Entries in the state of PyTorch's optimizers: those with one number for a whole parameter, and
-# those that are never negative.
-_SCALARS = ("step", "mu_product")
-_NONNEGATIVE = (
-    *("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
-    *("step_size", "row_var", "col_var", "variance"),
-)
-
-
-def _state_table(found: dict[str, Any], p: Tensor, base: Optimizer) -> dict[str, _Requirement]:
-    """Return the requirements for the saved state of a parameter.
-
-    An entry must have the shape that it has in the state of `base`. If it is not there yet, the
-    shape is known only for optimizers that keep tensors like the parameter, and numbers.
-    """
-    table = {}
-    for name in found:
-        like = base.state.get(p, {}).get(name)
-        if like is None and adapter_of(base).independent_of_params:
-            like = torch.zeros(()) if name in _SCALARS else p
-        table[name] = _entry(name, like)
-    if _VECTOR in found:
-        table[_VECTOR] = _finite("a tensor", Tensor, p)
-    return table
-
-
-def _entry(name: str, like: Any) -> _Requirement:
-    """Return the requirement for an entry of the state; `like` is an example, None if unknown."""
-    finite = _finite("a number or a tensor", Tensor | int | float, like, name in _NONNEGATIVE)
-
-    def none_or_finite(value: Any) -> bool:
-        return value is None or finite.holds(value)
-
-    def finite_if_number(value: Any) -> bool:
-        return not isinstance(value, Tensor | int | float) or finite.holds(value)
-
-    if name in _SCALARS:
-        return finite
-    if isinstance(like, Tensor | int | float):
-        return finite._replace(holds=none_or_finite)
-    return finite._replace(holds=finite_if_number)
-
-
-def _finite(what: str, kind: Any, like: Any, nonnegative: bool = False) -> _Requirement:
-    """Return the requirement for finite values, with the shape of `like` if that is a tensor."""
-    shape = like.shape if isinstance(like, Tensor) else None
-
-    def holds(value: Any) -> bool:
-        if not isinstance(value, kind):
-            return False
-        numbers = torch.as_tensor(value)
-        part = local(numbers)
-        return (
-            bool(torch.isfinite(part).all())
-            and (not nonnegative or bool((part >= 0).all()))
-            and (shape is None or numbers.shape == shape)
-        )
-
-    shaped = "" if shape is None else f" of shape {tuple(shape)}"
-    return _Requirement(f"{what}{shaped}, finite{' and >= 0' if nonnegative else ''}", holds)

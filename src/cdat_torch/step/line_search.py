@@ -21,6 +21,7 @@ from cdat_torch.spaces import TensorListSpace
 from cdat_torch.step.checkpoint import SavedTuner
 from cdat_torch.step.evaluation import ClosureLoss, StepLoss
 from cdat_torch.step.info import Decision
+from cdat_torch.step.progress import Progress
 
 
 class SearchRule:
@@ -30,12 +31,11 @@ class SearchRule:
     """The search looks along the actual step, with the factors of a scheduler."""
     methods_now = Methods()
     measures = False
-    keeps_rate = False
     closure_reason = "a line search"
     needs_loss = True
     tracker = None
     state: Any = None
-    until_refresh = 0
+    progress = Progress()
 
     def __init__(self, search: LineSearch) -> None:
         self._search = search
@@ -43,10 +43,10 @@ class SearchRule:
     def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
         """Do nothing: a search has no state between steps."""
 
-    def measure_next(self) -> None:
+    def skip(self) -> None:
         """Do nothing."""
 
-    def try_held_step(self, base: Optimizer, rate: Tensor, *, replicas: Replicas) -> None:
+    def try_held_step(self, base: Optimizer, value: Tensor | None, *, replicas: Replicas) -> None:
         """Do nothing: each step looks for a rate."""
 
     def choose(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdat_core import Measurement
-from cdat_core.extend import validation
+from cdat_core import Measurement, tuners
+from cdat_core.extend import observe_or_hold, validation
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
 from cdat_torch.base.base_step import step_at
@@ -24,11 +24,12 @@ from cdat_torch.step.checkpoint import SavedTuner, state_from_numbers
 from cdat_torch.step.evaluation import Direction, StepLoss
 from cdat_torch.step.info import Decision
 from cdat_torch.step.line_search import SearchRule
+from cdat_torch.step.progress import Progress
 from cdat_torch.step.sharpness import SharpnessTracker
 
 
 class TunerRule:
-    """A tuner with its state; it measures curvature and sharpness once in `every` steps.
+    """A tuner with its state; it measures when the tuner's schedule, or `every`, says so.
 
     Parameters
     ----------
@@ -38,10 +39,17 @@ class TunerRule:
         A 0-d tensor that fixes dtype and device of the state.
     curvature : str
         How to compute the curvature. The attribute `methods` shrinks when a method fails.
-    every : int
-        Steps from one measurement to the next.
+    every : int or None
+        Steps from one measurement to the next; None means that the tuner decides.
     tracker : SharpnessTracker
         It measures the sharpness. The attribute `tracker` is None if the tuner needs none.
+
+    Attributes
+    ----------
+    progress : Progress
+        The number of the next step, and whether it repeats a measurement.
+    state : NamedTuple of Tensor
+        The state of the tuner.
     """
 
     along_step = False
@@ -53,7 +61,7 @@ class TunerRule:
         like: Tensor,
         *,
         curvature: str,
-        every: int,
+        every: int | None,
         tracker: SharpnessTracker,
     ) -> None:
         self.tracker = tracker if "sharpness" in tuner.needs else None
@@ -61,29 +69,33 @@ class TunerRule:
             self.methods = Methods.named(curvature)
         else:
             self.methods = Methods.with_product(curvature)
-        self._tuner = tuner
-        self._every = validation.count("every", every)
+        self._every = 1 if every is None else validation.count("every", every)
+        self._tuner = tuner if every is None else tuners.every(tuner, every)
         self._needs_curvature = "curvature" in tuner.needs
         self._needs_graph = self._needs_curvature or self.tracker is not None
         self._needs_value = "value" in tuner.needs
-        self.until_refresh = 0
+        self.progress = Progress()
         self.state: Any = tuner.init(torch.zeros_like(like))
         self._like = like
 
     def load(self, saved: SavedTuner | None, vector: dict[Tensor, Tensor]) -> None:
         """Continue from a checkpoint and an eigenvector; None forgets all measurements."""
         if self.tracker is not None:
-            self.tracker.vector = vector
-        self.until_refresh = 0 if saved is None else saved.until_refresh
+            self.tracker.vector = {p: part.to(p.dtype) for p, part in vector.items()}
         if saved is None:
+            self.progress = Progress()
             self.state = self._tuner.init(torch.zeros_like(self._like))
         else:
+            self.progress = saved.progress.counted_from(self._every)
             self.state = state_from_numbers(saved.state, self.state)
 
     @property
     def measures(self) -> bool:
         """Whether the next step measures curvature or sharpness."""
-        return self._needs_graph and self.until_refresh == 0
+        if not self._needs_graph:
+            return False
+        schedule = self._tuner.measures
+        return self.progress.due or schedule is None or bool(schedule(self.progress.step))
 
     @property
     def closure_reason(self) -> str | None:
@@ -103,26 +115,30 @@ class TunerRule:
         return self.methods if self.measures else Methods()
 
     @property
-    def keeps_rate(self) -> bool:
-        """Whether the next step keeps the rate in use, between two measurements."""
+    def _only_observes(self) -> bool:
+        """Whether the next step is one between two measurements."""
         return self._needs_graph and not self.measures
 
-    def measure_next(self) -> None:
-        """Record a step that was skipped before it was measured: the next one measures."""
-        self.until_refresh = 0
+    def skip(self) -> None:
+        """Record a step that is skipped before anything is measured."""
+        self.progress = self.progress.after(repeat=self.measures)
+        if self._tuner.observe is not None:  # a cooldown counts this step too
+            nothing = torch.full_like(self._like, torch.nan)
+            _, self.state = self._tuner.observe(nothing, self.state)
 
     def try_held_step(
-        self, base: Optimizer, rate: Tensor, *, replicas: Replicas
+        self, base: Optimizer, value: Tensor | None, *, replicas: Replicas
     ) -> Decision | None:
-        """Take a step between two measurements, at the rate in use, without its direction.
+        """Take a step between two measurements without its direction.
 
         Return None, and take no step, if that is impossible: if this step measures, with several
         processes, or with a base whose step is not proportional to its rate.
         """
-        if not self.keeps_rate or replicas.size > 1 or not can_step_without_direction(base):
+        if replicas.size > 1 or not self._only_observes or not can_step_without_direction(base):
             return None
+        rate, state = observe_or_hold(self._tuner, value, self.state)
         step_at(base, float(rate))
-        self.until_refresh -= 1
+        self.state, self.progress = state, self.progress.after()
         return Decision.held(rate)
 
     def choose(
@@ -134,7 +150,7 @@ class TunerRule:
         present: Tensor,
         replicas: Replicas,
     ) -> Decision:
-        """Measure along the direction and ask the tuner; between measurements hold the rate.
+        """Measure along the direction and ask the tuner; between measurements it sees the loss.
 
         Parameters
         ----------
@@ -143,27 +159,30 @@ class TunerRule:
         params, direction : sequence of Tensor
             The parameters that have a gradient, and u.
         present : Tensor
-            The rate in use.
+            The rate in use, where a line search starts.
         replicas : Replicas
             The other processes.
         """
+        del present
         u = evaluation.by_variable(dict(zip(params, direction, strict=True)))
-        if self.keeps_rate:
+        before = self.state.skipped
+        if self._only_observes:
+            assert evaluation.value is not None  # `needs_loss` has asked for it
             (slope,) = replicas.mean([evaluation.slope(u)])
-            self.until_refresh -= 1
-            skip = ~torch.isfinite(slope)
-            return Decision(torch.where(skip, torch.zeros_like(present), present), skip)
+            # A direction that is not finite is skipped like a loss that is not.
+            value = torch.where(torch.isfinite(slope), evaluation.value, torch.nan)
+            rate, self.state = observe_or_hold(self._tuner, value, self.state)
+            self.progress = self.progress.after()
+            return Decision(rate, self.state.skipped > before)
 
         numbers, eigenvector = self._measure(evaluation, u, replicas)
         measurement = Measurement(evaluation.value, None, None)._replace(**numbers)
-        before = self.state.skipped
         rate, self.state = self._tuner.update(measurement, self.state)
         skip = self.state.skipped > before
         if self.tracker is not None and eigenvector is not None:
             self.tracker.keep(eigenvector, where=~skip & torch.isfinite(numbers["sharpness"]))
-        if self._needs_graph and self._every > 1:
-            # After a skip the next step measures again.
-            self.until_refresh = 0 if bool(skip) else self._every - 1
+        sparse = self._needs_graph and self._tuner.measures is not None
+        self.progress = self.progress.after(repeat=sparse and bool(skip))
         method = self.methods.names[0] if self._needs_graph else None
         return Decision(rate, skip, **numbers, method=method)
 
@@ -191,7 +210,12 @@ RateRule: TypeAlias = TunerRule | SearchRule
 
 
 def rate_rule(
-    tuner_or_search: Any, like: Tensor, *, curvature: str, every: int, tracker: SharpnessTracker
+    tuner_or_search: Any,
+    like: Tensor,
+    *,
+    curvature: str,
+    every: int | None,
+    tracker: SharpnessTracker,
 ) -> RateRule:
     """Return the `TunerRule` of a tuner or the `SearchRule` of a line search.
 
@@ -206,7 +230,7 @@ def rate_rule(
         return TunerRule(tuner_or_search, like, curvature=curvature, every=every, tracker=tracker)
     if isinstance(tuner_or_search, LineSearch):
         Methods.named(curvature)
-        validation.count("every", every)
+        validation.optional(validation.count, "every", every)
         return SearchRule(tuner_or_search)
     msg = (
         f"tuner_or_search must be a cdat_core Tuner or LineSearch, got {tuner_or_search!r}; "

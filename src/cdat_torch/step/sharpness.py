@@ -101,6 +101,11 @@ class SharpnessTracker:
         vector = dict(zip(params, found.vectors[0], strict=True))
         return Sharpness(found.values[0], vector)
 
+    def saved(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """Return the eigenvector for a checkpoint; zeros where it is not known yet."""
+        zeros = {p: torch.zeros_like(p, requires_grad=False) for p in params}
+        return {**zeros, **self.vector}
+
     def keep(self, eigenvector: dict[Tensor, Tensor], *, where: Tensor) -> None:
         """Use the eigenvector as the next start vector if `where`, a 0-d tensor, is true."""
         if set(self.vector) == set(eigenvector):  # without waiting for the device
