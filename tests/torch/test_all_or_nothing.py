@@ -107,7 +107,7 @@ class Training:
                 "random state": torch.get_rng_state(),
                 "base": [optimizer.base.state.get(p) for p in params],
                 "tuner": optimizer._rule.state,
-                "until refresh": optimizer._rule.until_refresh,
+                "progress": optimizer._rule.progress,
                 "groups": [{**g, "params": None} for g in optimizer.param_groups],
                 "last": optimizer.last,
                 "modes": (

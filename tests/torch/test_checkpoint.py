@@ -314,7 +314,9 @@ def test_numbers_may_come_as_tensors(shape: tuple[int, ...]) -> None:
     saved["param_groups"][0]["tuner"] = {
         "state": tensors,
         "skipped": torch.full(shape, 2),
-        "until_refresh": torch.full(shape, 0),
+        "step": torch.full(shape, 1),
+        "due": torch.full(shape, 0),
+        "averaged_steps": torch.full(shape, 0),
     }
     optimizer.load_state_dict(saved)
     loaded = optimizer.state_dict()["param_groups"][0]["tuner"]

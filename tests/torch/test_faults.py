@@ -189,14 +189,20 @@ def test_an_interrupt_during_the_measurement_leaves_parameters_and_base_state() 
     assert_same(before, snapshot(optimizer))
 
 
-def test_after_a_skip_the_curvature_is_measured_at_once() -> None:
+def test_a_skipped_measurement_is_repeated_and_a_skipped_step_keeps_the_rate() -> None:
+    """Of 9 steps, 0 and 4 measure; 2, 4 and 5 are skipped, so 6 measures for 4."""
     w = torch.full((2,), 3.0, dtype=torch.float64, requires_grad=True)
-    optimizer = CDAT(torch.optim.SGD([w]), every=5)
-    optimizer.step(lambda: (w**4).sum())
-    optimizer.step(lambda: (w**4).sum() * torch.nan)
-    optimizer.step(lambda: (w**4).sum())
-    assert optimizer.last.curvature is not None
-    assert float(optimizer.last.learning_rate) > 0
+    optimizer = CDAT(torch.optim.SGD([w]), sigma=0.5, every=4)
+    measured, rates = [], []
+    for step in range(9):
+        factor = torch.nan if step in (2, 4, 5) else 1.0
+        optimizer.step(lambda factor=factor: (w**4).sum() * factor)
+        measured.append(optimizer.last.curvature is not None)
+        rates.append(float(optimizer.last.learning_rate))
+    assert [step for step in range(9) if measured[step]] == [0, 6, 8]
+    assert [step for step in range(9) if rates[step] == 0] == [2, 4, 5]
+    assert rates[0] == rates[1] == rates[3]
+    assert int(optimizer.last.skipped) == 3
 
 
 def test_an_infinite_direction_never_reaches_the_parameters() -> None:

@@ -18,7 +18,7 @@ from cdat_torch import CDAT, TunedOptimizer
 FOLDER = Path(__file__).parent / "data"
 SHARPNESS = tuners.sharpness_edge()
 CASES: dict[str, Any] = {
-    "adam": (3, lambda params: CDAT(torch.optim.Adam(params), every=2)),
+    "adam": (3, lambda params: CDAT(torch.optim.Adam(params), sigma=2.0, every=2)),
     "momentum": (3, lambda params: CDAT(torch.optim.SGD(params, momentum=0.9), sigma=1.0)),
     "sharpness": (
         2,

@@ -379,6 +379,7 @@ def everything_kept(optimizer: TunedOptimizer) -> Any:
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         del group["tuned_lr"], group["tuner"]["skipped"], group["tuner"]["state"]["skipped"]
+        del group["tuner"]["step"]  # skipped steps count as steps of the run
     params = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     return params, saved
 

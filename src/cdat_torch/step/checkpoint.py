@@ -101,7 +101,8 @@ def write(
         group[_KEY] = {
             "state": tuner.state,
             "skipped": tuner.skipped,
-            **tuner.progress._asdict(),
+            "step": tuner.progress.step,
+            "due": int(tuner.progress.due),
             "averaged_steps": tuner.averaged_steps,
         }
     state = dict(state_dict["state"])

@@ -65,8 +65,7 @@ AMOUNT = Requirement("a finite number >= 0", lambda value: _is_number(value) and
 
 TOP = {"state": DICT, "param_groups": _LIST}
 NUMBER = Requirement("a finite number", _is_number)
-_BOOL = Requirement("True or False", lambda value: isinstance(value, bool | int))
-TUNER = {"skipped": AMOUNT, "step": AMOUNT, "due": _BOOL, "averaged_steps": AMOUNT}
+TUNER = {"skipped": AMOUNT, "step": AMOUNT, "due": AMOUNT, "averaged_steps": AMOUNT}
 TUNER_BEFORE_0_2 = {"skipped": AMOUNT, "until_refresh": AMOUNT}
 # Fields of tuner states that are never negative.
 AMOUNTS = (
