@@ -351,7 +351,7 @@ def test_average_of_bfloat16_weights_moves() -> None:
     values = []
     for _ in range(100):
         optimizer.step(lambda: w.sum())
-        values.append(float(w[0]))
+        values.append(w[0].item())
     expected = 0.0
     for taken, value in enumerate(values):
         expected += 9 / (taken + 9) * (value - expected)
