@@ -13,6 +13,7 @@ except ImportError as error:
 from cdat_core import __version__
 from cdat_core.extend import StepInfo
 from cdat_jax._accumulation import accumulate
+from cdat_jax._average import AverageParamsState, average_params, averaged_params
 from cdat_jax._composite import CompositeLoss
 from cdat_jax._curvature import hvp, measure
 from cdat_jax._preconditioner import adam_inverse_sqrt
@@ -23,6 +24,7 @@ from cdat_jax._transform import scale_by_cdat, scale_by_tuner
 from cdat_jax._wrapper import TunedState, cdat, tuned
 
 __all__ = [
+    "AverageParamsState",
     "CompositeLoss",
     "ScaleByTunerState",
     "StepInfo",
@@ -31,6 +33,8 @@ __all__ = [
     "__version__",
     "accumulate",
     "adam_inverse_sqrt",
+    "average_params",
+    "averaged_params",
     "cdat",
     "hvp",
     "measure",

@@ -11,16 +11,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cdat_core import tuners
 from cdat_core.extend import validation
+from cdat_core.tuners import Tuner
 from cdat_jax._curvature import check_like
 from cdat_jax._spaces import PyTree
 
 
-def checked_every(every: Any) -> Any:
-    """Return `every`: a checked Python integer, or an array (a traced hyperparameter)."""
-    if isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer):
-        return every
-    return validation.count("every", every)
+def with_schedule(tuner_or_search: Any, every: Any) -> Any:
+    """Return a tuner measured in each `every`-th step; None keeps its own schedule.
+
+    `every` may be an array (a traced hyperparameter). A line search stays what it is.
+    """
+    if every is None:
+        return tuner_or_search
+    if not (isinstance(every, jax.Array) and jnp.issubdtype(every.dtype, jnp.integer)):
+        every = validation.count("every", every)
+    if not isinstance(tuner_or_search, Tuner):
+        return tuner_or_search
+    if not isinstance(every, jax.Array) and every == 1:
+        return tuner_or_search._replace(measures=None)
+    return tuners.every(tuner_or_search, every)
+
+
+def check_due(due: Any) -> bool | None:
+    """Return `due`; a TypeError unless it is None or a Python boolean."""
+    if due is None or isinstance(due, bool):
+        return due
+    msg = (
+        f"tuner_due must be None, True or False, got {due!r}; it says which branch of a condition "
+        "on state.due is traced, so it cannot be an array"
+    )
+    raise TypeError(msg)
 
 
 def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:

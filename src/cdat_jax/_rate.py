@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from cdat_core import Measurement
-from cdat_core.extend import StepInfo
+from cdat_core.extend import StepInfo, observe_or_hold
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_jax._arguments import bind, check_arguments, checked_every
+from cdat_jax._arguments import bind, check_arguments, check_due, with_schedule
 from cdat_jax._curvature import check_like, check_method, measure, require_scalar
 from cdat_jax._loops import cond
 from cdat_jax._slope import value_and_slope
@@ -33,10 +33,14 @@ class ScaleByTunerState(NamedTuple):
     tuner_state : NamedTuple
         The state of the tuner, or of the last line search (with its ``failed`` and ``trials``).
     info : cdat_core.extend.StepInfo
-        What the last step measured and did. If `every` is above 1, slope, curvature and sharpness
-        are those of the last measurement.
-    until_refresh : jax.Array
-        Number of further steps that keep the present rate (see `every`), int32.
+        What the last step measured and did. In a step without a measurement, slope, curvature and
+        sharpness are those of the last one.
+    step : jax.Array
+        Updates so far, int32. Skipped ones count.
+    due : jax.Array or None
+        Whether the next update measures, bool: the schedule says so, or a measurement was skipped
+        because something was not finite. None for a line search, and for a tuner that needs neither
+        curvature nor sharpness.
     sharpness_vector : Any
         The last eigenvector, shaped like the parameters; the next measurement of the sharpness
         starts from it. Zeros at first; None if the tuner does not need the sharpness.
@@ -44,7 +48,8 @@ class ScaleByTunerState(NamedTuple):
 
     tuner_state: Any
     info: StepInfo
-    until_refresh: jax.Array
+    step: jax.Array
+    due: jax.Array | None
     sharpness_vector: PyTree | None = None
 
     @property
@@ -80,8 +85,11 @@ class StepInputs(NamedTuple):
         return direction, slope.astype(self.value.dtype)
 
 
-FindRate = Callable[[ScaleByTunerState, StepInputs], ScaleByTunerState]
-"""Returns the state with a new rate; the caller replaces the rate by 0 if the step is skipped."""
+FindRate = Callable[[ScaleByTunerState, StepInputs, bool | None], ScaleByTunerState]
+"""Returns the state with a new rate; the caller replaces the rate by 0 if the step is skipped.
+
+The last argument is the value of ``state.due`` if it is known when the step is traced.
+"""
 
 
 def tuning(
@@ -90,16 +98,18 @@ def tuning(
     """Return `init` and `tune`; `tune` returns the state with the rate of this step.
 
     `tune` takes the arguments of `update` after a function that returns the direction, which steps
-    that hold the rate do not call. If the step is skipped the rate is 0.
+    that do not measure do not call. If the step is skipped the rate is 0.
     """
     check_method(curvature)
-    every = checked_every(every)
-    tracker, needs = None, frozenset[str]()
+    tuner_or_search = with_schedule(tuner_or_search, every)
+    tracker, needs, measures = None, frozenset[str](), None
     if isinstance(tuner_or_search, Tuner):
         needs = tuner_or_search.needs
         if "sharpness" in needs:
             tracker = SharpnessTracker(curvature=curvature, num_matvecs=sharpness_matvecs)
-        find_rate = _rate_of_tuner(tuner_or_search, curvature, every, tracker)
+        if needs & {"curvature", "sharpness"}:
+            measures = tuner_or_search.measures or _always
+        find_rate = _rate_of_tuner(tuner_or_search, curvature, tracker)
     elif isinstance(tuner_or_search, LineSearch):
         find_rate = _rate_of_search(tuner_or_search)
     else:
@@ -126,7 +136,8 @@ def tuning(
             skipped=count,
         )
         vector = None if tracker is None else tracker.init(params)
-        return _unaliased(ScaleByTunerState(tuner_state, info, count, vector))
+        due = None if measures is None else jnp.asarray(measures(count), dtype=bool)
+        return _unaliased(ScaleByTunerState(tuner_state, info, count, due, vector))
 
     def tune(
         find_direction: Callable[[], Direction],
@@ -137,6 +148,7 @@ def tuning(
         value: Any,
         grad: PyTree,
         value_fn: Callable[..., Any],
+        tuner_due: bool | None = None,
         **extra_args: Any,
     ) -> ScaleByTunerState:
         if params is None:
@@ -145,24 +157,25 @@ def tuning(
         value = jnp.asarray(value, dtype=state.learning_rate.dtype)
         objective = bind(value_fn, extra_args)
         inputs = StepInputs(params, value, grad, updates, objective, find_direction)
-        new_state = find_rate(state, inputs)
+        new_state = find_rate(state, inputs, check_due(tuner_due))
         info = new_state.info
         skip = info.skipped > state.info.skipped
-        return _unaliased(
-            new_state._replace(
-                info=info._replace(learning_rate=jnp.where(skip, 0, info.learning_rate)),
-                # The rate is lost: the next step measures again.
-                until_refresh=jnp.where(skip, 0, new_state.until_refresh),
-            )
-        )
+        info = info._replace(learning_rate=jnp.where(skip, 0, info.learning_rate))
+        step, due = state.step + 1, new_state.due
+        if measures is not None and due is not None:  # so far, whether a measurement was skipped
+            due = due | measures(step)
+        return _unaliased(new_state._replace(info=info, step=step, due=due))
 
     return init, tune
 
 
-def _rate_of_tuner(
-    tuner: Tuner[Any], curvature: str, every: Any, tracker: SharpnessTracker | None
-) -> FindRate:
-    """Return a function that asks `tuner` for the rate in each `every`-th step."""
+def _always(step: jax.Array) -> jax.Array:
+    """Return True: the schedule of a tuner that wants a measurement in each step."""
+    return step >= 0
+
+
+def _rate_of_tuner(tuner: Tuner[Any], curvature: str, tracker: SharpnessTracker | None) -> FindRate:
+    """Return a function that asks `tuner` for the rate."""
     needs_curvature = "curvature" in tuner.needs
 
     def refresh(state: ScaleByTunerState, inputs: StepInputs) -> ScaleByTunerState:
@@ -178,31 +191,36 @@ def _rate_of_tuner(
             largest = eigenvalue.astype(slope.dtype)
         measurement = Measurement(inputs.value, slope, second, largest)
         rate, tuner_state = tuner.update(measurement, state.tuner_state)
+        skipped = tuner_state.skipped > state.tuner_state.skipped
         if largest is not None:
-            usable = jnp.isfinite(largest) & (tuner_state.skipped == state.tuner_state.skipped)
+            usable = jnp.isfinite(largest) & ~skipped
             vector = jax.tree.map(
                 lambda new, old: jnp.where(usable, new, old), vector, state.sharpness_vector
             )
         info = StepInfo(inputs.value, slope, second, largest, rate, tuner_state.skipped)
-        return ScaleByTunerState(tuner_state, info, jnp.int32(every) - 1, vector)
+        due = None if state.due is None else skipped
+        return ScaleByTunerState(tuner_state, info, state.step, due, vector)
 
     def hold(state: ScaleByTunerState, inputs: StepInputs) -> ScaleByTunerState:
         # The slope would need the direction, and so another update of the base.
         descent = TreeSpace().vdot(inputs.grad, inputs.updates)
-        finite = jnp.isfinite(inputs.value) & jnp.isfinite(descent)
-        skipped = state.tuner_state.skipped + ~finite
-        return state._replace(
-            tuner_state=state.tuner_state._replace(skipped=skipped),
-            info=state.info._replace(value=inputs.value, skipped=skipped),
-            until_refresh=state.until_refresh - 1,
+        value = jnp.where(jnp.isfinite(descent), inputs.value, jnp.nan)
+        rate, tuner_state = observe_or_hold(tuner, value, state.tuner_state)
+        info = state.info._replace(
+            value=inputs.value, learning_rate=rate, skipped=tuner_state.skipped
         )
+        due = jnp.zeros((), dtype=bool)
+        return state._replace(tuner_state=tuner_state, info=info, due=due)
 
-    def find_rate(state: ScaleByTunerState, inputs: StepInputs) -> ScaleByTunerState:
-        measures = needs_curvature or tracker is not None
-        if not measures or (not isinstance(every, jax.Array) and every == 1):
+    def find_rate(
+        state: ScaleByTunerState, inputs: StepInputs, due: bool | None
+    ) -> ScaleByTunerState:
+        if state.due is None or due or (due is None and tuner.measures is None):
             return refresh(state, inputs)
+        if due is not None:
+            return hold(state, inputs)
         new_state: ScaleByTunerState = cond(
-            state.until_refresh <= 0, lambda: refresh(state, inputs), lambda: hold(state, inputs)
+            state.due, lambda: refresh(state, inputs), lambda: hold(state, inputs)
         )
         return new_state
 
@@ -212,7 +230,9 @@ def _rate_of_tuner(
 def _rate_of_search(search: LineSearch) -> FindRate:
     """Return a function that runs a line search along the direction."""
 
-    def find_rate(state: ScaleByTunerState, inputs: StepInputs) -> ScaleByTunerState:
+    def find_rate(
+        state: ScaleByTunerState, inputs: StepInputs, _due: bool | None
+    ) -> ScaleByTunerState:
         space, dtype = TreeSpace(), state.learning_rate.dtype
         direction, slope = inputs.direction_and_slope()
 
@@ -230,7 +250,7 @@ def _rate_of_search(search: LineSearch) -> FindRate:
         final = jax.lax.while_loop(lambda trial: ~trial.done, tell, start)
         skipped = state.info.skipped + ~(jnp.isfinite(inputs.value) & jnp.isfinite(slope))
         info = StepInfo(inputs.value, slope, None, None, final.step_size, skipped)
-        return ScaleByTunerState(final, info, state.until_refresh)
+        return ScaleByTunerState(final, info, state.step, None)
 
     return find_rate
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdat_core import tuners
 from cdat_core.extend import name_guards
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import GuardOptions, Tuner
 from cdat_jax._rate import Direction, ScaleByTunerState, tuning
+from cdat_jax._rule import chosen_tuner
 from cdat_jax._spaces import PyTree
 
 
@@ -20,7 +20,7 @@ def scale_by_tuner(
     tuner_or_search: Tuner[Any] | LineSearch,
     *,
     curvature: str = "auto",
-    every: Any = 1,
+    every: Any = None,
     sharpness_matvecs: int = 8,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the updates by a tuned learning rate.
@@ -52,11 +52,13 @@ def scale_by_tuner(
         search needs it.
     curvature : str
         How the curvature is computed; see `measure`.
-    every : int or jax.Array
-        Measure curvature and sharpness every `every` steps and hold the rate in between; the step
-        after a skipped one measures too. Steps without a measurement do not pay for one, except
-        under ``jax.vmap``, which computes both branches of a condition. Such a step is skipped if
-        the loss or ``<grad, updates>`` is not finite.
+    every : int or jax.Array, optional
+        Measure curvature and sharpness in the steps 0, `every`, 2 `every` and so on, in place of
+        the tuner's own schedule, which for most tuners is each step. Skipped steps count; the step
+        after a skipped measurement measures too. Steps without a measurement do not pay for one,
+        except under ``jax.vmap``, which computes both branches of a condition. The tuner sees their
+        loss only. Such a step is skipped if the loss or ``<grad, updates>`` is not finite. See
+        also `make_step`.
     sharpness_matvecs : int
         Hessian-vector products per measurement of the sharpness, starting from the last
         eigenvector; the first measurement starts from random signs and takes at least 20. During a
@@ -107,23 +109,30 @@ def scale_by_tuner(
 @name_guards
 def scale_by_cdat(
     *,
-    sigma: Any = 2.0,
-    decay: Any = 0.9,
-    eps: Any = 0.0,
+    total_steps: Any = None,
+    momentum: Any = 0.9,
+    full_batch: bool = False,
+    sigma: Any = None,
+    decay: Any = None,
+    eps: Any = None,
     curvature: str = "auto",
-    every: Any = 1,
+    every: Any = None,
     **guards: Unpack[GuardOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the updates by the CDAT rate: `scale_by_tuner` with `cdat_core.tuners.cdat`.
+    """Scale the updates by the CDAT rate: `scale_by_tuner` with the rule that `cdat` chooses.
+
+    Without `total_steps`, end the chain with `average_params` and evaluate the average.
 
     Parameters
     ----------
+    total_steps, momentum, full_batch
+        See `cdat`.
     sigma, decay, eps
-        See `cdat_core.tuners.cdat`.
+        See `cdat_core.tuners.cdat`; any of them chooses that rule.
     curvature, every
         See `scale_by_tuner`.
     initial_learning_rate, max_growth, max_learning_rate
-        Guards on the rate; see `cdat_core.tuners.cdat`.
+        Guards on the rate; see `cdat_core.tuners.cdat`. Any of them chooses that rule.
 
     Returns
     -------
@@ -134,10 +143,13 @@ def scale_by_cdat(
     --------
     >>> import optax
     >>> from cdat_jax import scale_by_cdat
-    >>> solver = optax.chain(optax.adam(1.0), scale_by_cdat(sigma=1.9))
+    >>> solver = optax.chain(optax.adam(1.0), scale_by_cdat(total_steps=10_000))
     """
-    tuner = tuners.cdat(sigma=sigma, decay=decay, eps=eps, **guards)
-    return scale_by_tuner(tuner, curvature=curvature, every=every)
+    tuner = chosen_tuner(
+        total_steps=total_steps, momentum=momentum, full_batch=full_batch, every=every,
+        sigma=sigma, decay=decay, eps=eps, **guards,
+    )  # fmt: skip
+    return scale_by_tuner(tuner, curvature=curvature)
 
 
 def scaled(factor: Any, updates: PyTree) -> PyTree:

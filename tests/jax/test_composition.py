@@ -17,31 +17,38 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GROUPS = {"inner": "a", "outer": "b"}
 COMPOSITIONS = {
-    "nested": lambda: optax.chain(optax.chain(optax.identity(), optax.sgd(1.0)), scale_by_cdat()),
-    "named_chain": lambda: optax.named_chain(("base", optax.sgd(1.0)), ("tune", scale_by_cdat())),
+    "nested": lambda: optax.chain(
+        optax.chain(optax.identity(), optax.sgd(1.0)), scale_by_cdat(sigma=2.0)
+    ),
+    "named_chain": lambda: optax.named_chain(
+        ("base", optax.sgd(1.0)), ("tune", scale_by_cdat(sigma=2.0))
+    ),
     "multi_transform": lambda: optax.chain(
-        optax.multi_transform({"a": optax.sgd(1.0), "b": optax.sgd(1.0)}, GROUPS), scale_by_cdat()
+        optax.multi_transform({"a": optax.sgd(1.0), "b": optax.sgd(1.0)}, GROUPS),
+        scale_by_cdat(sigma=2.0),
     ),
     "masked": lambda: optax.chain(
         optax.masked(optax.add_decayed_weights(0.0), {"inner": True, "outer": False}),
         optax.sgd(1.0),
-        scale_by_cdat(),
+        scale_by_cdat(sigma=2.0),
     ),
-    "scaled-after": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat(), optax.scale(1.0)),
+    "scaled-after": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0), optax.scale(1.0)),
     "inject_hyperparams": lambda: optax.chain(
         optax.sgd(1.0), optax.inject_hyperparams(scale_by_cdat)(sigma=2.0)
     ),
     "inject_hyperparams-cdat": lambda: optax.inject_hyperparams(cdat)(optax.sgd(1.0), sigma=2.0),
-    "apply_if_finite": lambda: optax.apply_if_finite(cdat(optax.sgd(1.0)), 5),
-    "MultiSteps": lambda: optax.MultiSteps(cdat(optax.sgd(1.0)), 1),
-    "cdat": lambda: cdat(optax.sgd(1.0)),
+    "apply_if_finite": lambda: optax.apply_if_finite(cdat(optax.sgd(1.0), sigma=2.0), 5),
+    "MultiSteps": lambda: optax.MultiSteps(cdat(optax.sgd(1.0), sigma=2.0), 1),
+    "cdat": lambda: cdat(optax.sgd(1.0), sigma=2.0),
 }
 
 
 @functools.cache
 def plain_chain():
     loss, params, batch = factors()
-    return train(optax.chain(optax.sgd(1.0), scale_by_cdat()), loss, params, 3, batch=batch)
+    return train(
+        optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0)), loss, params, 3, batch=batch
+    )
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
@@ -106,17 +113,19 @@ def test_injected_hyperparameters_can_change_between_steps():
     plain = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=1.0, decay=0.0))
     step, state = stepper(solver, loss), solver.init(params)
     reference = stepper(plain, loss)
-    for sigma, every in [(1.0, 1), (0.5, 2), (0.5, 2), (1.5, 1)]:
+    measured = []
+    for sigma, every in [(1.0, 1), (0.5, 2), (0.5, 2), (1.5, 1), (1.0, 1)]:
         state[1].hyperparams["sigma"] = jnp.asarray(sigma)
         state[1].hyperparams["every"] = jnp.asarray(every)
         _, fresh = reference(params, plain.init(params))
         before, (params, state) = state, step(params, state)
         rate = float(optax.tree.get(state, "learning_rate"))
-        if int(before[1].inner_state.until_refresh) > 0:
-            assert rate == float(optax.tree.get(before, "learning_rate"))
-        else:
+        if before[1].inner_state.due:
             assert rate == pytest.approx(sigma * float(fresh[1].learning_rate), rel=1e-12)
-    assert int(state[1].inner_state.until_refresh) == 0
+        else:
+            assert rate == float(optax.tree.get(before, "learning_rate"))
+        measured.append(bool(before[1].inner_state.due))
+    assert measured == [True, True, True, False, True]  # each decided by the `every` before it
     assert step._cache_size() == 1
 
 
@@ -174,7 +183,10 @@ def test_guards_can_be_injected_too():
 def test_the_learning_rate_can_be_read_and_set_by_name():
     """It is stored once, in the info; the state has it as a property."""
     loss, params, batch = factors()
-    for solver in (cdat(optax.sgd(1.0)), optax.chain(optax.sgd(1.0), scale_by_cdat())):
+    for solver in (
+        cdat(optax.sgd(1.0), sigma=2.0),
+        optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0)),
+    ):
         ((_, state),) = train(solver, loss, params, 1, batch=batch)
         (tuner,) = (s for s in (*state, state) if isinstance(s, ScaleByTunerState))
         rate = optax.tree.get(state, "learning_rate")
@@ -243,7 +255,7 @@ def test_multi_steps_measures_in_every_micro_step():
 
 def test_copies_of_the_parameters_are_found_in_the_state():
     """Optax uses optax.tree.map_params to shard states."""
-    solver = cdat(optax.adam(1.0))
+    solver = cdat(optax.adam(1.0), sigma=2.0)
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     state = solver.init(params)
     mapped = optax.tree.map_params(

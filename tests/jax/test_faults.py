@@ -164,8 +164,8 @@ def test_a_search_starts_from_its_first_guess_after_a_bad_step(fault):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: scale_by_cdat(),
-        lambda: scale_by_cdat(every=2),
+        lambda: scale_by_cdat(sigma=2.0),
+        lambda: scale_by_cdat(sigma=2.0, every=2),
         lambda: scale_by_tuner(tuners.constant(0.1)),
         lambda: scale_by_tuner(linesearch.backtracking()),
     ],
@@ -201,10 +201,10 @@ def arguments(**changes):
 
 
 TRANSFORMATIONS = {
-    "scale_by_cdat": lambda: scale_by_cdat(),
+    "scale_by_cdat": lambda: scale_by_cdat(sigma=2.0),
     "scale_by_tuner": lambda: scale_by_tuner(linesearch.backtracking()),
-    "chain": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat()),
-    "cdat": lambda: cdat(optax.sgd(1.0)),
+    "chain": lambda: optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0)),
+    "cdat": lambda: cdat(optax.sgd(1.0), sigma=2.0),
 }
 transformations = pytest.mark.parametrize(
     "build", list(TRANSFORMATIONS.values()), ids=list(TRANSFORMATIONS)
@@ -237,7 +237,7 @@ def test_a_value_must_be_a_scalar(build):
 
 
 def test_an_objective_must_return_a_scalar():
-    solver, params = scale_by_cdat(), jnp.ones(2)
+    solver, params = scale_by_cdat(sigma=2.0), jnp.ones(2)
     with pytest.raises(ValueError, match="value_fn must return a scalar"):
         solver.update(params, solver.init(params), params, **arguments(value_fn=lambda w: w))
 

@@ -470,7 +470,7 @@ def test_other_objectives_are_refused(value_fn):
         TypeError, match=r"value_fn must be a CompositeLoss .* got .*write the loss"
     ):
         gauss_newton(value_fn, w, w)
-    solver = descent(scale_by_cdat(curvature="gauss_newton", every=2))
+    solver = descent(scale_by_cdat(sigma=2.0, curvature="gauss_newton", every=2))
     with pytest.raises(TypeError, match="value_fn must be a CompositeLoss"):
         solver.update(w, solver.init(w), w, value=1.0, grad=w, value_fn=value_fn)
 

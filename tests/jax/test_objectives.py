@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def extras_seen(value_fn, **extra):
     """Update once; `value_fn` records its arguments."""
     params = jnp.ones(2)
-    solver = optax.chain(optax.sgd(1.0), scale_by_cdat())
+    solver = optax.chain(optax.sgd(1.0), scale_by_cdat(sigma=2.0))
     solver.update(
         params, solver.init(params), params, value=1.0, grad=params, value_fn=value_fn, **extra
     )
@@ -148,7 +148,7 @@ def test_a_training_step_with_auxiliary_outputs(build):
 
 
 def test_the_value_of_an_update_is_the_loss_alone():
-    params, solver = jnp.ones(2), scale_by_cdat()
+    params, solver = jnp.ones(2), scale_by_cdat(sigma=2.0)
     with pytest.raises(ValueError, match="value must be a scalar, got a tuple; .* the loss alone"):
         solver.update(
             -params, solver.init(params), params,
@@ -182,9 +182,9 @@ def test_parameters_that_are_not_inexact_are_named(leaf, dtype):
     for call in (
         lambda: measure(value_fn, params, params),
         lambda: hvp(value_fn, params),
-        lambda: scale_by_cdat().init(params),
+        lambda: scale_by_cdat(sigma=2.0).init(params),
         lambda: scale_by_tuner(tuners.constant(0.1)).init(params),
-        lambda: cdat(optax.identity()).init(params),
+        lambda: cdat(optax.identity(), sigma=2.0).init(params),
     ):
         with pytest.raises(TypeError, match=message):
             call()

@@ -62,7 +62,10 @@ def updates_of(solver, params, state, loss, batch):
 def test_multiplier_scales_the_step_and_not_the_tuning(multiplier):
     multiplier = jnp.asarray(0.5) if multiplier is jnp.asarray else multiplier
     loss, params, batch = factors()
-    full, half = cdat(optax.adam(1.0)), cdat(optax.adam(1.0), learning_rate=multiplier)
+    full, half = (
+        cdat(optax.adam(1.0), sigma=2.0),
+        cdat(optax.adam(1.0), sigma=2.0, learning_rate=multiplier),
+    )
     updates, state = updates_of(full, params, full.init(params), loss, batch)
     halved, other = updates_of(half, params, half.init(params), loss, batch)
     assert same(other, state)
@@ -71,7 +74,9 @@ def test_multiplier_scales_the_step_and_not_the_tuning(multiplier):
 
 def test_multiplier_keeps_the_dtype_of_the_updates():
     loss, params, batch = factors(jnp.bfloat16)
-    solver = cdat(optax.sgd(1.0), learning_rate=lambda step: jnp.asarray(0.5, dtype=jnp.float64))
+    solver = cdat(
+        optax.sgd(1.0), sigma=2.0, learning_rate=lambda step: jnp.asarray(0.5, dtype=jnp.float64)
+    )
     updates, _ = updates_of(solver, params, solver.init(params), loss, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
 
@@ -109,7 +114,7 @@ def test_base_gets_the_extra_arguments():
         return updates, state
 
     listening = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    train(cdat(listening), loss, params, 1, batch=batch)
+    train(cdat(listening, sigma=2.0), loss, params, 1, batch=batch)
     assert given
     assert all(names == ["batch", "grad", "value", "value_fn"] for names in given)
 

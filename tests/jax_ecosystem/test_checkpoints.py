@@ -1,5 +1,6 @@
 """Checkpoints by Orbax and by Flax: a run resumes bit for bit, also on fewer devices."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 from flax import serialization
 from jax.sharding import AxisType
 
-from cdat_jax import ScaleByTunerState, StepInfo
+from cdat_jax import ScaleByTunerState, StepInfo, TunedState
 from tests.jax.problems import same
 from tests.jax_ecosystem.problems import (
     STATEFUL,
@@ -99,38 +100,62 @@ class OldState(NamedTuple):
     sharpness_vector: Any
 
 
+class OldTunedState(NamedTuple):
+    base: Any
+    tuner: OldState
+    step: Any
+
+
 def map_states(function, tree):
-    """Apply `function` to each state of a tuner in `tree`."""
-    is_state = lambda node: isinstance(node, OldState | ScaleByTunerState)
+    kinds = OldState | OldTunedState | ScaleByTunerState | TunedState
     return jax.tree.map(
-        lambda node: function(node) if is_state(node) else node, tree, is_leaf=is_state
+        lambda x: function(x) if isinstance(x, kinds) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, kinds),
     )
 
 
-def old_layout(state):
+def old_layout(state, every=1):
+    if isinstance(state, TunedState):
+        return OldTunedState(state.base, old_layout(state.tuner, every), state.step)
     info = OldInfo(*(getattr(state.info, name) for name in OldInfo._fields))
-    return OldState(state.learning_rate, info=info, **without_info(state))
+    turn = -state.step % every
+    return OldState(state.learning_rate, state.tuner_state, info, turn, state.sharpness_vector)
 
 
-def new_layout(state):
+def new_layout(state, every=1):
+    if isinstance(state, OldTunedState):
+        return TunedState(state.base, new_layout(state.tuner, every), state.step)
     info = StepInfo(**state.info._asdict(), learning_rate=state.learning_rate)
-    return ScaleByTunerState(info=info, **without_info(state))
+    measures = info.curvature is not None or info.sharpness is not None
+    return ScaleByTunerState(
+        state.tuner_state,
+        info,
+        step=-state.until_refresh % every,
+        due=state.until_refresh <= 0 if measures else None,
+        sharpness_vector=state.sharpness_vector,
+    )
 
 
-def without_info(state):
-    names = ("tuner_state", "until_refresh", "sharpness_vector")
-    return {name: getattr(state, name) for name in names}
+def in_turn(state, every=1):
+    """Return `state` with the count of updates that the recipe can restore."""
+    if isinstance(state, TunedState):
+        return state._replace(tuner=in_turn(state.tuner, every))
+    return state._replace(step=state.step % every)
 
 
-@pytest.mark.parametrize("name", ["cdat", "zoom"])
-def test_a_checkpoint_in_the_old_layout_can_be_restored(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "every"), [("cdat", 1), ("cdat, every third step", 3), ("zoom", 3)]
+)
+def test_a_checkpoint_in_the_old_layout_can_be_restored(name, every, tmp_path):
     """By the recipe of the documentation; the rate was a field beside the info."""
     solver = STATEFUL[name]()
     half = run(jax.jit(train_step(solver)), start(), solver.init(start()), batch(), 2)[:2]
     fresh = start(), solver.init(start())
+    old, new, turn = (functools.partial(f, every=every) for f in (old_layout, new_layout, in_turn))
     for through in (through_orbax, through_flax):
-        restored = through(map_states(old_layout, half), map_states(old_layout, fresh), tmp_path)
-        assert same(map_states(new_layout, restored), half)
+        restored = through(map_states(old, half), map_states(old, fresh), tmp_path)
+        assert same(map_states(new, restored), map_states(turn, half))
 
 
 def test_a_run_resumes_from_a_checkpoint_of_an_older_version():
@@ -142,7 +167,7 @@ def test_a_run_resumes_from_a_checkpoint_of_an_older_version():
     restored = map_states(new_layout, restored)
     assert jax.tree.structure(restored) == jax.tree.structure(fresh)
     step, data = jax.jit(train_step(solver)), batch()
-    expected = run(step, *fresh, data, 5)[:2]
+    expected = map_states(in_turn, run(step, *fresh, data, 5)[:2])
     further = run(step, *restored, data, 3), run(step, *expected, data, 3)
     for pair in ((restored, expected), further):
         for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
