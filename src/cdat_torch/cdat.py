@@ -14,6 +14,7 @@ from cdat_core.tuners import GuardOptions
 from cdat_torch.base import groups
 from cdat_torch.messages import warn
 from cdat_torch.optimizer import TunedOptimizer
+from cdat_torch.step.host import on_host
 
 
 class CDAT(TunedOptimizer):
@@ -88,9 +89,10 @@ class CDAT(TunedOptimizer):
                 tuner = tuners.with_cooldown(tuner, total_steps)
         else:
             tuner = tuners.self_tuning(groups.momentum(base.param_groups), total_steps)
+        first = next(p for group in base.param_groups for p in group["params"])
         super().__init__(
             base,
-            tuner,
+            on_host(tuner) if first.device.type == "cpu" else tuner,
             curvature=curvature,
             every=every,
             average=_default(average, total_steps is None and not published),

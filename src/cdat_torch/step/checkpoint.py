@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdat_core.extend import namespace
 from cdat_torch.distributed.dtensor import all_agree, local
 from cdat_torch.messages import warn
 from cdat_torch.step.progress import Progress
@@ -173,7 +173,7 @@ def state_from_numbers(numbers: dict[str, Any] | None, like: Any) -> Any:
         *(
             state_from_numbers(numbers[name], field)
             if hasattr(field, "_asdict")
-            else torch.full_like(field, numbers[name])
+            else namespace(field).full_like(field, numbers[name])
             for name, field in like._asdict().items()
         )
     )

@@ -122,9 +122,8 @@ class TunerRule:
     def skip(self) -> None:
         """Record a step that is skipped before anything is measured."""
         self.progress = self.progress.after(repeat=self.measures)
-        if self._tuner.observe is not None:  # a cooldown counts this step too
-            nothing = torch.full_like(self._like, torch.nan)
-            _, self.state = self._tuner.observe(nothing, self.state)
+        nothing = torch.full_like(self._like, torch.nan)
+        _, self.state = observe_or_hold(self._tuner, nothing, self.state)
 
     def try_held_step(
         self, base: Optimizer, value: Tensor | None, *, replicas: Replicas
@@ -173,12 +172,12 @@ class TunerRule:
             value = torch.where(torch.isfinite(slope), evaluation.value, torch.nan)
             rate, self.state = observe_or_hold(self._tuner, value, self.state)
             self.progress = self.progress.after()
-            return Decision(rate, self.state.skipped > before)
+            return Decision(rate, torch.as_tensor(self.state.skipped > before))
 
         numbers, eigenvector = self._measure(evaluation, u, replicas)
         measurement = Measurement(evaluation.value, None, None)._replace(**numbers)
         rate, self.state = self._tuner.update(measurement, self.state)
-        skip = self.state.skipped > before
+        skip = torch.as_tensor(self.state.skipped > before)
         if self.tracker is not None and eigenvector is not None:
             self.tracker.keep(eigenvector, where=~skip & torch.isfinite(numbers["sharpness"]))
         sparse = self._needs_graph and self._tuner.measures is not None
