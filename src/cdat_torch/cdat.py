@@ -41,7 +41,7 @@ class CDAT(TunedOptimizer):
     sigma, decay, eps
         See `cdat_core.tuners.cdat`; by default 2, 0.9 and 0.
     curvature, every, max_consecutive_skips, process_group
-        See `TunedOptimizer`.
+        See `TunedOptimizer`. In the cooldown nothing is measured.
     initial_learning_rate, max_growth, max_learning_rate
         Guards on the rate of the published rule; see `cdat_core.tuners.cdat`.
 
@@ -85,16 +85,17 @@ class CDAT(TunedOptimizer):
                 _default(eps, 0.0),
                 **guards,
             )
-            if total_steps is not None:
-                tuner = tuners.with_cooldown(tuner, total_steps)
         else:
-            tuner = tuners.self_tuning(groups.momentum(base.param_groups), total_steps)
+            tuner = tuners.self_tuning(groups.momentum(base.param_groups))
+        if every is not None:
+            tuner = tuners.every(tuner, validation.count("every", every))
+        if total_steps is not None:
+            tuner = tuners.with_cooldown(tuner, total_steps)
         first = next(p for group in base.param_groups for p in group["params"])
         super().__init__(
             base,
             on_host(tuner) if first.device.type == "cpu" else tuner,
             curvature=curvature,
-            every=every,
             average=_default(average, total_steps is None and not published),
             max_consecutive_skips=max_consecutive_skips,
             process_group=process_group,

@@ -123,6 +123,11 @@ def test_newcomer_trains_with_no_number_chosen(base: str, seed: int, full: bool)
         ({"eps": 0.1}, tuners.cdat(2.0, 0.9, 0.1)),
         ({"max_growth": 1.1}, tuners.cdat(2.0, 0.9, max_growth=1.1)),
         ({"sigma": 1.5, "total_steps": 50}, tuners.with_cooldown(tuners.cdat(1.5, 0.9), 50)),
+        ({"every": 3}, tuners.every(tuners.self_tuning(0.9), 3)),
+        (
+            {"every": 3, "total_steps": 30},
+            tuners.with_cooldown(tuners.every(tuners.self_tuning(0.9), 3), 30),
+        ),
         ({"full_batch": True}, tuners.cdat(1.9, 0.0)),
         ({"full_batch": True, "sigma": 1.0}, tuners.cdat(1.0, 0.0)),
     ],
@@ -131,7 +136,9 @@ def test_which_rule_the_options_choose(options: dict[str, Any], expected: Any) -
     problem, other = Regression(), Regression()
     optimizer = CDAT(torch.optim.Adam(problem.params), **options)
     reference = TunedOptimizer(torch.optim.Adam(other.params), expected)
-    assert problem.train(optimizer, range(40)) == other.train(reference, range(40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the end of total_steps, tested below
+        assert problem.train(optimizer, range(40)) == other.train(reference, range(40))
 
 
 def test_momentum_is_the_largest_of_the_groups() -> None:

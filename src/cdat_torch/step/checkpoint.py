@@ -241,7 +241,7 @@ def _read_tuner(found: Any, tuner_state: Any) -> SavedTuner:
     if tuner_state is not None:
         numbers = _read_numbers(f"{where}['state']", numbers, tuner_state)
     if old:
-        progress = Progress.until_refresh(int(found["until_refresh"]))
+        progress = Progress.before_measurement(int(found["until_refresh"]))
         return SavedTuner(numbers, int(found["skipped"]), progress)
     progress = Progress(int(found["step"]), bool(found["due"]))
     return SavedTuner(numbers, int(found["skipped"]), progress, int(found["averaged_steps"]))

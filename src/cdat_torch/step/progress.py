@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+_LONGEST_INTERVAL = 10_000
 
 
 class Progress(NamedTuple):
@@ -24,7 +27,7 @@ class Progress(NamedTuple):
         return Progress(self.step + 1, repeat)
 
     @classmethod
-    def until_refresh(cls, steps: int) -> Progress:
+    def before_measurement(cls, steps: int) -> Progress:
         """Return the progress of a checkpoint from before version 0.2.
 
         It holds the number of steps until the next measurement, which count as steps before the
@@ -32,6 +35,12 @@ class Progress(NamedTuple):
         """
         return cls(-steps)
 
-    def counted_from(self, every: int) -> Progress:
-        """Return the same place in a schedule that repeats after `every` steps, from 0 on."""
-        return self if self.step >= 0 else self._replace(step=self.step % every)
+    def placed_in(self, schedule: Callable[[int], bool] | None) -> Progress:
+        """Return the progress with a number of steps from 0 on, before the same measurement."""
+        if self.step >= 0 or schedule is None:
+            return self._replace(step=max(self.step, 0))
+        until = -self.step
+        for step in range(_LONGEST_INTERVAL):
+            if schedule(step + until) and not any(schedule(step + j) for j in range(until)):
+                return self._replace(step=step)
+        return self._replace(step=0)

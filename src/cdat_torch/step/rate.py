@@ -69,8 +69,9 @@ class TunerRule:
             self.methods = Methods.named(curvature)
         else:
             self.methods = Methods.with_product(curvature)
-        self._every = 1 if every is None else validation.count("every", every)
-        self._tuner = tuner if every is None else tuners.every(tuner, every)
+        if every is not None:
+            tuner = tuners.every(tuner, validation.count("every", every))
+        self._tuner = tuner
         self._needs_curvature = "curvature" in tuner.needs
         self._needs_graph = self._needs_curvature or self.tracker is not None
         self._needs_value = "value" in tuner.needs
@@ -86,7 +87,7 @@ class TunerRule:
             self.progress = Progress()
             self.state = self._tuner.init(torch.zeros_like(self._like))
         else:
-            self.progress = saved.progress.counted_from(self._every)
+            self.progress = saved.progress.placed_in(self._tuner.measures)
             self.state = state_from_numbers(saved.state, self.state)
 
     @property
