@@ -104,8 +104,8 @@ def session_in(
 
 
 def run(session: nox.Session, program: str, *arguments: str) -> None:
-    """Run a program of the shared environment."""
-    path = shutil.which(program, path=session.env["PATH"])
+    """Run a program of the environment of the session, shared or its own."""
+    path = shutil.which(program, path=session.env.get("PATH") or session.bin)
     session.run(path or program, *arguments, env=SINGLE_THREAD)
 
 
@@ -114,6 +114,12 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
     chosen = session.posargs if named else (*arguments, *session.posargs)
     run(session, "pytest", "--numprocesses=2", *chosen)
+
+
+def pytest_each(session: nox.Session, *options: str, folders: Sequence[str] = TESTS) -> None:
+    """Run the tests of each folder by itself; the arguments after ``--`` may name others."""
+    for folder in session.posargs or folders:
+        run(session, "pytest", "--numprocesses=2", "--dist=loadscope", *options, folder)
 
 
 @session_in("core", one_core=True)
@@ -224,9 +230,7 @@ def quick(session: nox.Session) -> None:
 @session_in("all", default=False)
 def full(session: nox.Session) -> None:
     """Run every test with every combination of its parameters."""
-    options = ("--numprocesses=2", "--dist=loadscope", "--full")
-    for folder in session.posargs or TESTS:
-        run(session, "pytest", *options, folder)
+    pytest_each(session, "--full")
 
 
 def floors() -> list[str]:
@@ -236,12 +240,6 @@ def floors() -> list[str]:
     return [each.replace(">=", "==") for each in itertools.chain(*stated) if ">=" in each]
 
 
-def pytest_each(session: nox.Session, folders: Sequence[str]) -> None:
-    """Run the tests of each folder by itself, in the environment of the session."""
-    for folder in session.posargs or folders:
-        session.run("pytest", "--numprocesses=2", "--dist=loadscope", folder, env=SINGLE_THREAD)
-
-
 @nox.session(default=False)
 def oldest(session: nox.Session) -> None:
     """Test with the oldest versions that pyproject.toml states; posargs are folders of tests."""
@@ -249,7 +247,7 @@ def oldest(session: nox.Session) -> None:
     constraints.write_text("\n".join(floors()), encoding="utf-8")
     requirements = nox.project.dependency_groups(PYPROJECT, "test", "lab")
     session.install("--constraint", str(constraints), "--editable", ".[all]", *requirements)
-    pytest_each(session, [folder for folder in TESTS if folder != "tests/embedding"])
+    pytest_each(session, folders=[folder for folder in TESTS if folder != "tests/embedding"])
 
 
 @nox.session(default=False)
@@ -257,16 +255,14 @@ def newest(session: nox.Session) -> None:
     """Test with the newest versions, pre-releases included; posargs are folders of tests."""
     requirements = nox.project.dependency_groups(PYPROJECT, "test", "lab", "embedding")
     session.install("--pre", "--upgrade", "--editable", ".[all]", *requirements)
-    pytest_each(session, TESTS)
+    pytest_each(session)
 
 
 @session_in("all", default=False)
 def coverage(session: nox.Session) -> None:
     """Measure the coverage of the default tests."""
     run(session, "coverage", "erase")
-    options = ("--numprocesses=2", "--dist=loadscope", "--cov", "--cov-append", "--cov-report=")
-    for folder in session.posargs or TESTS:
-        run(session, "pytest", *options, folder)
+    pytest_each(session, "--cov", "--cov-append", "--cov-report=")
     run(session, "coverage", "report")
 
 
