@@ -374,7 +374,8 @@ def test_under_shard_map_and_with_sharded_arrays_it_is_that_of_the_whole_batch()
             got = jax.jit(functools.partial(measured, lambda value: value))(params, u, *split)
             np.testing.assert_allclose(got, expected, rtol=1e-10)
     """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
 

@@ -67,12 +67,18 @@ def starts(params, trajectory):
     return [params, *(after for after, _ in trajectory[:-1])]
 
 
+@functools.cache
+def exact_run(curvature):
+    """Return the parameters and states of five steps with a whole Krylov space each."""
+    loss, params, batch = network()
+    return train(chain(sharpness_matvecs=ALL, curvature=curvature), loss, params, 5, **batch)
+
+
 @pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
 def test_the_rate_is_sigma_over_the_sharpness(curvature):
     """Exact with a whole Krylov space; finite differences have an error of about 1e-10."""
-    loss, params, batch = network()
-    solver = chain(sharpness_matvecs=ALL, curvature=curvature)
-    trajectory = train(solver, loss, params, 5, **batch)
+    _, params, _ = network()
+    trajectory = exact_run(curvature)
     rtol = 1e-9 if curvature == "auto" else 1e-6
     for before, (_, state) in zip(starts(params, trajectory), trajectory, strict=True):
         exact = largest(hessian_at(before))
@@ -83,8 +89,8 @@ def test_the_rate_is_sigma_over_the_sharpness(curvature):
 
 
 def test_the_vector_is_the_eigenvector():
-    loss, params, batch = network()
-    ((_, state),) = train(chain(sharpness_matvecs=ALL), loss, params, 1, **batch)
+    _, params, _ = network()
+    _, state = exact_run("auto")[0]
     assert jax.tree.structure(state[1].sharpness_vector) == jax.tree.structure(params)
     vector = flat(state[1].sharpness_vector)
     expected = np.linalg.eigh(hessian_at(params))[1][:, -1]
@@ -225,6 +231,17 @@ def compiled(name):
     return solver, stepper(solver, value_fn), params, batch | {"scale": 1.0}
 
 
+@functools.cache
+def looped(name):
+    """Return a solver, its step, and the parameters and state after six steps."""
+    loss, params, batch = network()
+    solver = SOLVERS[name]()
+    step, state = stepper(solver, loss), solver.init(params)
+    for _ in range(6):
+        params, state = step(params, state, **batch)
+    return solver, step, (params, state)
+
+
 def tuning(state):
     return state.tuner if hasattr(state, "tuner") else state[1]
 
@@ -271,25 +288,22 @@ def test_between_measurements_rate_and_vector_hold():
     assert len({float(state[1].learning_rate) for _, state in trajectory}) == 3
 
 
-@every_solver
-def test_scan_equals_the_loop_bit_for_bit(build):
-    loss, params, batch = network()
-    solver = build()
-    step, looped = stepper(solver, loss), train(solver, loss, params, 6, **batch)[-1]
+@pytest.mark.parametrize("name", SOLVERS)
+def test_scan_equals_the_loop_bit_for_bit(name):
+    _, params, batch = network()
+    solver, step, expected = looped(name)
 
     @jax.jit
     def scanned(params, state, batch):
         body = lambda carry, _: (step(*carry, **batch), None)
         return jax.lax.scan(body, (params, state), length=6)[0]
 
-    assert same(scanned(params, solver.init(params), batch), looped)
+    assert same(scanned(params, solver.init(params), batch), expected)
 
 
 def test_mapping_over_seeds_equals_separate_runs():
     """Also if some start from random signs and others from an eigenvector."""
-    loss, params, batch = network()
-    solver = chain()
-    step = stepper(solver, loss)
+    solver, step, params, batch = compiled("chain")
     seeds = [jax.tree.map(lambda p, s=scale: s * p, params) for scale in (1.0, 0.7, 1.3)]
     states = [solver.init(p) for p in seeds]
     seeds[1], states[1] = step(seeds[1], states[1], **batch)
@@ -323,13 +337,13 @@ def test_structure_and_dtypes_of_the_state_are_fixed(build, dtype):
 
 def test_many_steps_compile_once_and_donate():
     loss, params, batch = network()
-    solver = SOLVERS["adam"]()
+    solver, _, expected = looped("adam")
     step = stepper(solver, loss, donate_argnums=(0, 1))
     donated, state = jax.tree.map(jnp.copy, params), solver.init(params)
     for _ in range(6):
         donated, state = step(donated, state, **batch)
     assert step._cache_size() == 1
-    assert same((donated, state), train(solver, loss, params, 6, **batch)[-1])
+    assert same((donated, state), expected)
 
 
 def test_the_hessian_is_compiled_once_however_many_products():
