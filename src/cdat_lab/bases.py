@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ class Base:
         Decay of the second moment; None if the direction is not preconditioned.
     eps : float
         Added to the root of the second moment.
+    weight_decay : float
+        Multiplied by the weights and added to the direction of descent, as in AdamW.
     edge : float or None
         The value of rate times (preconditioned) sharpness above which a quadratic diverges; None if
         unknown.
@@ -43,6 +46,7 @@ class Base:
     momentum: float = 0.0
     second_moment: float | None = None
     eps: float = 0.0
+    weight_decay: float = 0.0
     edge: float | None = None
     first_grid: tuple[int, ...] = (-6, -5, -4)
     optax: Callable[[], Any] | None = None
@@ -89,4 +93,6 @@ ADAM = Base(
     first_grid=(-8, -7, -6),
 )
 
-BASES = {base.name: base for base in (GD, MOMENTUM, RMSPROP, ADAM)}
+ADAMW = dataclasses.replace(ADAM, name="adamw", label="AdamW", weight_decay=0.01)
+
+BASES = {base.name: base for base in (GD, MOMENTUM, RMSPROP, ADAM, ADAMW)}

@@ -11,6 +11,7 @@ from typing import Any
 from cdat_lab import claims, model, provenance, races, runs, storage
 from cdat_lab.findings import Findings
 from cdat_lab.races import Job, Race, Result, Results
+from cdat_lab.runs import Recording
 from cdat_lab.studies import Study, Sweep
 
 PLAN = "study.json"
@@ -154,14 +155,20 @@ def load_plan(folder: Path) -> Study:
         return Study(
             title=str(study["title"]),
             command=str(study["command"]),
-            races=tuple(Race(**_tuples(race)) for race in study["races"]),
+            races=tuple(_race(race) for race in study["races"]),
             sweeps=tuple(Sweep(**_tuples(sweep)) for sweep in study["sweeps"]),
             simulated=bool(study["simulated"]),
             claims=tuple(study["claims"]),
+            suite=str(study.get("suite", "")),
         )
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         msg = f"{path} is not a valid study plan ({type(error).__name__}: {error})"
         raise ValueError(msg) from error
+
+
+def _race(values: dict[str, Any]) -> Race:
+    recording = Recording(**values.get("recording", {}))
+    return Race(**{**_tuples(values), "recording": recording})
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,15 @@ import array_api_compat
 from cdat_core import linesearch, tuners
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
+from cdat_lab.bases import Base
 
 Rule = Tuner[Any] | LineSearch
 
 WARMUP = 0.1
 """Fraction of the steps over which the schedules rise."""
+
+ADAMW_WARMUP, ADAMW_DECAY = 0.05, 0.01
+"""Warm-up and weight decay of AdamW as a complete optimizer; the decay is PyTorch's default."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,13 @@ class Contender:
     curvature : str
         How the curvature is computed: "auto" or "gauss_newton".
     optimizer : str or None
-        A complete optimizer that replaces base and rule: "prodigy" or "schedule-free".
+        A complete optimizer that replaces base and rule: "adamw-cosine", "dog", "mechanic",
+        "prodigy", "prodigy-cosine" or "schedule-free".
+    reads : tuple of str
+        Attributes of the base that the rule takes as further hyperparameters, such as "momentum".
+    average : bool
+        Whether the loss is evaluated at a running average of the weights; see
+        `cdat_core.tuners.average_weight`.
     """
 
     name: str
@@ -49,6 +59,12 @@ class Contender:
     tuned: str | None = None
     curvature: str = "auto"
     optimizer: str | None = None
+    reads: tuple[str, ...] = ()
+    average: bool = False
+
+    def settings(self, base: Base) -> dict[str, float]:
+        """Return the hyperparameters with fixed values, including those read from the base."""
+        return {**self.hyperparameters, **{name: getattr(base, name) for name in self.reads}}
 
 
 def constant(steps: int, learning_rate: Any) -> Rule:
@@ -70,15 +86,31 @@ def warmup_constant(steps: int, peak: Any) -> Rule:
 
 def warmup_cosine(steps: int, peak: Any) -> Rule:
     """Return a rate that rises linearly over a tenth of the steps, then falls to 0 on a cosine."""
-    warmup = max(1, round(WARMUP * steps))
+    return tuners.scheduled(lambda step: peak * cosine_factor(step, steps, WARMUP))
 
-    def schedule(step: Any) -> Any:
-        xp = array_api_compat.array_namespace(step)
-        rising = (step + 1) / warmup
-        falling = 0.5 * (1 + xp.cos(math.pi * (step + 1 - warmup) / max(1, steps - warmup)))
-        return peak * xp.where(step < warmup, rising, falling)
 
-    return tuners.scheduled(schedule)
+def cosine_factor(step: Any, steps: int, warmup: float) -> Any:
+    """Return the factor of a schedule that rises linearly, then falls to 0 on a cosine.
+
+    Parameters
+    ----------
+    step : array
+        From 0.
+    steps : int
+        Length of the run.
+    warmup : float
+        The part of the run over which the factor rises.
+    """
+    xp = array_api_compat.array_namespace(step)
+    first = max(1, round(warmup * steps))
+    rising = (step + 1) / first
+    falling = 0.5 * (1 + xp.cos(math.pi * (step + 1 - first) / max(1, steps - first)))
+    return xp.where(step < first, rising, falling)
+
+
+def warmup_stable_decay(steps: int, peak: Any) -> Rule:
+    """Return `warmup_constant` that falls to 0 linearly over the last 30 % of the steps."""
+    return tuners.with_cooldown(warmup_constant(steps, peak), steps)  # type: ignore[arg-type]
 
 
 def armijo(steps: int) -> Rule:
@@ -133,6 +165,17 @@ def guarded_cdat(
     )
 
 
+def self_tuning(steps: int, momentum: Any) -> Rule:
+    """Return the self-tuning rule, with its cooldown at the end of the run."""
+    return tuners.self_tuning(momentum, steps)
+
+
+def self_tuning_open(steps: int, momentum: Any) -> Rule:
+    """Return the self-tuning rule for a run of unknown length."""
+    del steps
+    return tuners.self_tuning(momentum)
+
+
 def cdat_contender(sigma: float, decay: float) -> Contender:
     """Return CDAT with this sigma and decay of its averages."""
     memory = f"EMA {decay:g}" if decay else "no EMA"
@@ -152,6 +195,15 @@ CONTENDERS = {
         Contender("constant", "constant rate", constant, tuned="learning_rate"),
         Contender("warmup-constant", "warm-up + constant", warmup_constant, tuned="peak"),
         Contender("warmup-cosine", "warm-up + cosine", warmup_cosine, tuned="peak"),
+        Contender("wsd", "warm-up, stable, decay", warmup_stable_decay, tuned="peak"),
+        Contender("self-tuning", "CDAT, self-tuning", self_tuning, reads=("momentum",)),
+        Contender(
+            "self-tuning-average",
+            "CDAT, self-tuning, averaged",
+            self_tuning_open,
+            reads=("momentum",),
+            average=True,
+        ),
         Contender("armijo", "Armijo line search", armijo),
         Contender("zoom", "strong-Wolfe search", zoom),
         Contender("greedy", "quadratically greedy", greedy),
@@ -177,6 +229,7 @@ CONTENDERS = {
         Contender("polyak", "Polyak step", polyak),
         Contender("hypergradient", "hypergradient", hypergradient, {"initial_learning_rate": 1e-3}),
         Contender("prodigy", "Prodigy", None, optimizer="prodigy"),
+        Contender("prodigy-cosine", "Prodigy + cosine", None, optimizer="prodigy-cosine"),
         Contender(
             "schedule-free",
             "schedule-free AdamW",
@@ -184,5 +237,24 @@ CONTENDERS = {
             tuned="learning_rate",
             optimizer="schedule-free",
         ),
+        Contender(
+            "schedule-free-default",
+            "schedule-free AdamW, default",
+            None,
+            {"learning_rate": 0.0025},
+            optimizer="schedule-free",
+        ),
+        *(
+            Contender(
+                f"adamw-{peak:g}",
+                f"AdamW {peak:g} + cosine",
+                None,
+                {"peak": peak},
+                optimizer="adamw-cosine",
+            )
+            for peak in (0.001, 0.01)
+        ),
+        Contender("dog", "DoG, averaged", None, optimizer="dog", average=True),
+        Contender("mechanic", "Mechanic AdamW + cosine", None, optimizer="mechanic"),
     )
 }

@@ -6,6 +6,14 @@ backward. A measurement is counted the same way; docs/benchmarks.md has measured
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdat_core.linesearch import LineSearch
+from cdat_core.tuners import Tuner
+
 FORWARD = 1 / 3
 
 CURVATURE = {
@@ -18,22 +26,33 @@ CURVATURE = {
 }
 
 
-def of_step(backend: str, *, curvature: str | None) -> float:
-    """Return the cost of a step, excluding the trials of a line search.
+def of_steps(
+    backend: str, steps: int, rule: Tuner[Any] | LineSearch | None, *, curvature: str
+) -> NDArray[np.float64]:
+    """Return the cost of each step of a run, excluding the trials of a line search.
 
     Parameters
     ----------
     backend : str
         "jax", "torch" or "numpy".
-    curvature : str or None
-        How the curvature is computed; None for a rule that does not use it.
+    steps : int
+        Length of the run.
+    rule : Tuner, LineSearch or None
+        The rule; None for a complete optimizer.
+    curvature : str
+        How the curvature is computed, in the steps that measure it.
 
     Returns
     -------
-    float
+    ndarray of float64, shape (steps,)
         In gradients.
     """
-    return 1.0 + (0.0 if curvature is None else CURVATURE[backend, curvature])
+    found = np.ones(steps)
+    if rule is not None and "curvature" in rule.needs:
+        measures = getattr(rule, "measures", None)
+        measured = np.ones(steps) if measures is None else measures(np.arange(steps))
+        found += CURVATURE[backend, curvature] * measured
+    return found
 
 
 def of_trial(*, slope: bool) -> float:

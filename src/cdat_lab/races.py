@@ -18,12 +18,11 @@ from cdat_lab import backends, provenance, registry, runs
 from cdat_lab.backends import Problem
 from cdat_lab.bases import Base
 from cdat_lab.contenders import Contender
-from cdat_lab.runs import Run, RunConfig
+from cdat_lab.runs import Recording, Run, RunConfig
 from cdat_lab.tasks import Task
 from cdat_lab.tuning import Grid, tune
 
-RECORDS = 60
-"""Approximate number of records of full loss and sharpness in a run."""
+USUAL = Recording()
 
 
 class Key(NamedTuple):
@@ -54,6 +53,8 @@ class Race:
         Each contender runs once per seed; rates are tuned separately for each seed.
     batch_size : int or None
         Rows of a mini-batch; None for the full batch.
+    recording : Recording
+        What is recorded in the runs, and which loss is the final one.
     """
 
     task: str
@@ -63,6 +64,7 @@ class Race:
     steps: int
     seeds: tuple[int, ...]
     batch_size: int | None = None
+    recording: Recording = USUAL
 
     def key(self, contender: str, seed: int) -> Key:
         """Return the key of the result for a contender and a seed."""
@@ -71,6 +73,10 @@ class Race:
     def result_keys(self) -> list[Key]:
         """Return the keys of all results, contenders first."""
         return [self.key(name, seed) for name in self.contenders for seed in self.seeds]
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that produce the results, in the order of their keys."""
+        return [Job.of(key, self.recording) for key in self.result_keys()]
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,17 @@ class Job:
     factory: Callable[[int], Task]
     base: Base
     contender: Contender
+    recording: Recording = USUAL
 
     @classmethod
-    def of(cls, key: Key) -> Job:
+    def of(cls, key: Key, recording: Recording = USUAL) -> Job:
         """Look up the names in the registries."""
         return cls(
             key,
             registry.find_task(key.task),
             registry.find_base(key.base),
             registry.find_contender(key.contender),
+            recording,
         )
 
     @property
@@ -241,10 +249,12 @@ def run_job(job: Job, folder: Path, *, resume: bool, train: bool = True) -> Resu
     contender = job.contender
 
     def run(tuned: Mapping[str, float], *, sharpness: bool) -> Run:
-        config = _config(job, {**contender.hyperparameters, **tuned}, sharpness=sharpness)
-        files.append(config.file_name())
-        path = folder / files[-1]
-        kept = _kept(path) if resume else None
+        sharpness &= job.recording.sharpness
+        config = _config(job, {**contender.settings(job.base), **tuned}, sharpness=sharpness)
+        file = config.file_name()
+        path = folder / file
+        kept = _kept(path) if resume or file in files else None
+        files.append(file)
         if kept is None and not train:
             msg = f"there is no {path}"
             raise MissingRunError(msg)
@@ -279,8 +289,9 @@ def _config(job: Job, hyperparameters: Mapping[str, float], *, sharpness: bool) 
         batch_size=key.batch_size,
         hyperparameters=hyperparameters,
         sharpness=sharpness,
-        record_every=max(1, key.steps // RECORDS),
+        record_every=max(1, key.steps // job.recording.records),
         definition=job.definition(),
+        last_part=job.recording.last_part,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cdat_lab.claims import STATEMENTS
-from cdat_lab.contenders import CONTENDERS
 from cdat_lab.races import Race
 from cdat_lab.registry import find_task
 from cdat_lab.studies import Study, Sweep, eligible
@@ -23,6 +22,29 @@ SETTINGS = {
 BATCH_SIZES = (32, 128, 512, None)
 SIGMAS = (0.5, 1.0, 1.5, 1.9, 2.0, 2.1)
 MINI_BATCH_TASK = "digits-1536"
+
+EVERY = (
+    "constant",
+    "warmup-constant",
+    "warmup-cosine",
+    "armijo",
+    "zoom",
+    "greedy",
+    "on-edge",
+    "cdat-1-ema-0.9",
+    "cdat-1.9",
+    "cdat-1.9-ema-0.9",
+    "cdat-2",
+    "cdat-2-ema-0.9",
+    "cdat-guarded",
+    "cdat-gauss-newton",
+    "polyak",
+    "hypergradient",
+    "prodigy",
+    "schedule-free",
+    "cdat-2.1-ema-0.9",
+)
+"""The contenders of the full study."""
 
 MORE = (
     ("digits-cross-entropy", "adam"),
@@ -57,7 +79,7 @@ def study(
     only : sequence of str
         Letters of the claims to test; by default all.
     full : bool
-        Add more tasks, every contender, and a sweep with momentum.
+        Add more tasks, more contenders, and a sweep with momentum.
     command : str
         The command line that repeats the study.
 
@@ -68,8 +90,7 @@ def study(
     wanted = tuple(claim for claim in STATEMENTS if not only or claim in only)
     settings = dict(SETTINGS) if set(wanted) & {"A", "B"} else {}
     if full and settings:
-        every = tuple(dict.fromkeys((*CONTENDERS, "cdat-2.1-ema-0.9")))
-        settings = dict.fromkeys((*SETTINGS, *MORE), every)
+        settings = dict.fromkeys((*SETTINGS, *MORE), EVERY)
     races = []
     for (task, base), contenders in settings.items():
         names, _ = eligible(contenders, base=base, backend=backend)

@@ -33,6 +33,26 @@ LAST_PART = 0.1
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What is recorded in a run, and which loss is its final one.
+
+    Attributes
+    ----------
+    records : int
+        Approximate number of records of the loss on all data.
+    sharpness : bool
+        Whether to record the sharpness too, in the run at the best rate.
+    last_part : float
+        Fraction of the run, at its end, over which the final loss is averaged. With 0 it is the
+        loss at the last weights, as for schedules that decay to 0.
+    """
+
+    records: int = 60
+    sharpness: bool = True
+    last_part: float = LAST_PART
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that determines the numbers of a run, as plain values.
 
@@ -52,6 +72,8 @@ class RunConfig:
         Number of steps between records of the full loss and the sharpness.
     definition : str
         Digest of the user's code for task, base and contender; empty if they are built in.
+    last_part : float
+        See `Recording`.
     """
 
     task: str
@@ -65,6 +87,7 @@ class RunConfig:
     sharpness: bool = True
     record_every: int = 10
     definition: str = ""
+    last_part: float = LAST_PART
 
     def identity(self) -> dict[str, Any]:
         """Return the configuration, versions and digest of the code that determine the numbers."""
@@ -98,8 +121,9 @@ class Run:
         Time spent compiling.
     frame : polars.DataFrame
         One row for each step and one for the final weights (``steps + 1`` rows): step, loss (of the
-        batch), full_loss (on all data), learning_rate, slope, curvature, sharpness, trials,
-        skipped, gradients and seconds (both cumulative). Values not measured are null.
+        batch), full_loss (on all data), validation_loss (on held-out data), learning_rate, slope,
+        curvature, sharpness, trials, skipped, gradients and seconds (both cumulative). Values not
+        measured are null.
     """
 
     identity: dict[str, Any]
@@ -123,9 +147,24 @@ class Run:
 
     @property
     def final_loss(self) -> float:
-        """The loss on all data, averaged over the last tenth; infinity if it is not finite."""
-        first = int((1 - LAST_PART) * self.steps)
-        losses = self.frame["full_loss"][first:].drop_nulls().to_numpy()
+        """The loss on all data, averaged over the last part; infinity if it is not finite."""
+        return self._final("full_loss")
+
+    @property
+    def final_validation_loss(self) -> float | None:
+        """The loss on the held-out data, averaged as `final_loss`; None if there are none."""
+        return None if self.initial_validation_loss is None else self._final("validation_loss")
+
+    @property
+    def initial_validation_loss(self) -> float | None:
+        """The loss on the held-out data at the initial weights; None if there are none."""
+        loss: float | None = self.frame["validation_loss"][0]
+        return loss
+
+    def _final(self, column: str) -> float:
+        part = self.identity["config"].get("last_part", LAST_PART)
+        first = int((1 - part) * self.steps)
+        losses = self.frame[column][first:].drop_nulls().to_numpy()
         with np.errstate(over="ignore"):
             loss = float(np.mean(losses))
         return loss if np.isfinite(loss) else float("inf")
@@ -170,11 +209,10 @@ def to_frame(problem: Problem, trajectory: Trajectory, *, backend: str) -> pl.Da
     steps, records = problem.steps, problem.record_steps()
     rule = problem.contender.rule
     made = rule(steps, **problem.hyperparameters) if rule is not None else None
-    needs = made.needs if made is not None else frozenset()
-    curvature = problem.contender.curvature if "curvature" in needs else None
     trial = costs.of_trial(slope="slope" in getattr(made, "trial_needs", ()))
     gradients = np.cumsum(
-        costs.of_step(backend, curvature=curvature) + trial * trajectory.trials.astype(float)
+        costs.of_steps(backend, steps, made, curvature=problem.contender.curvature)
+        + trial * trajectory.trials.astype(float)
     )
 
     def recorded(values: Any) -> Any:
@@ -183,7 +221,7 @@ def to_frame(problem: Problem, trajectory: Trajectory, *, backend: str) -> pl.Da
         return column
 
     full_loss, known = recorded(trajectory.full_loss), np.isin(np.arange(steps + 1), records)
-    if problem.batch_size is None and problem.contender.optimizer != "schedule-free":
+    if problem.measures_full_loss:
         full_loss[:-1], known[:] = trajectory.loss, True
     optional = {
         name: np.append(getattr(trajectory, name), np.nan)
@@ -203,7 +241,12 @@ def to_frame(problem: Problem, trajectory: Trajectory, *, backend: str) -> pl.Da
     )
     # A loss that is not finite is a result, not a gap.
     full = pl.Series("full_loss", full_loss).set(~pl.Series(known), None)
-    return frame.with_columns(pl.col(*optional).fill_nan(None), full)
+    held_out = pl.Series("validation_loss", [None] * (steps + 1), dtype=pl.Float64)
+    if trajectory.validation_loss is not None:
+        at_records = pl.Series(np.isin(np.arange(steps + 1), records))
+        losses = recorded(trajectory.validation_loss)
+        held_out = pl.Series("validation_loss", losses).set(~at_records, None)
+    return frame.with_columns(pl.col(*optional).fill_nan(None), full, held_out)
 
 
 def write(run: Run, path: Path) -> None:

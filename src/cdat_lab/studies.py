@@ -70,6 +70,8 @@ class Study:
         Whether to run the joint model.
     claims : tuple of str
         Letters of the claims to judge.
+    suite : str
+        Name of the suite whose summary the report shows instead of single races; empty for none.
     """
 
     title: str
@@ -78,6 +80,7 @@ class Study:
     sweeps: tuple[Sweep, ...] = ()
     simulated: bool = False
     claims: tuple[str, ...] = ()
+    suite: str = ""
 
     def all_races(self) -> list[Race]:
         """Return all races, including those of the sweeps."""
@@ -85,8 +88,7 @@ class Study:
 
     def jobs(self) -> list[Job]:
         """Return the jobs to run, each once."""
-        keys = dict.fromkeys(key for race in self.all_races() for key in race.result_keys())
-        return [Job.of(key) for key in keys]
+        return list({job.key: job for race in self.all_races() for job in race.jobs()}.values())
 
 
 def eligible(names: Iterable[str], *, base: str, backend: str) -> tuple[list[str], list[str]]:
@@ -119,6 +121,6 @@ def _obstacle(contender: Contender, base: str, backend: str) -> str | None:
         return f"{found.label} has no constructor for {backend}"
     if contender.optimizer is None:
         return None
-    if base != "adam":
+    if base not in {"adam", "adamw"}:
         return f"{contender.label} belongs to the Adam family and runs with Adam only"
     return backends.package_obstacle(contender.optimizer, backend)

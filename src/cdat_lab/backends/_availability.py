@@ -71,9 +71,15 @@ BACKENDS = {
 
 
 PACKAGES = {
+    ("adamw-cosine", "jax"): "optax",
+    ("dog", "jax"): "optax",
+    ("mechanic", "jax"): "optax",
     ("prodigy", "jax"): "optax",
+    ("prodigy-cosine", "jax"): "optax",
     ("schedule-free", "jax"): "optax",
+    ("adamw-cosine", "torch"): "torch",
     ("prodigy", "torch"): "prodigyopt",
+    ("prodigy-cosine", "torch"): "prodigyopt",
     ("schedule-free", "torch"): "schedulefree",
 }
 """The package that provides a complete optimizer under a backend."""

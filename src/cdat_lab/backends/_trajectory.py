@@ -49,6 +49,12 @@ class Problem:
     batch_size: int | None
     seed: int
 
+    @property
+    def measures_full_loss(self) -> bool:
+        """Whether the loss of a step is that of all data at the weights that are evaluated."""
+        elsewhere = self.contender.average or self.contender.optimizer == "schedule-free"
+        return self.batch_size is None and self.task.noise is None and not elsewhere
+
     def probe(self) -> tuple[NDArray[np.float64], ...]:
         """Return the start vector for the first sharpness: random, shaped like the weights."""
         generator = np.random.default_rng([self.seed, 1])
@@ -70,6 +76,26 @@ class Problem:
             for _ in range(passes)
         ]
         return np.concatenate(rows)[: self.steps]
+
+    def noise(self, first: int, count: int) -> NDArray[np.float64] | None:
+        """Return the standard normal numbers of some steps; None if the task has none.
+
+        Parameters
+        ----------
+        first, count : int
+            The first step and the number of steps.
+
+        Returns
+        -------
+        ndarray of float64, shape (count, rows of a batch, *task.noise)
+            Those of a step depend on the seed and the step only.
+        """
+        if self.task.noise is None:
+            return None
+        shape = (self.batch_size or len(self.task.inputs), *self.task.noise)
+        steps = range(first, first + count)
+        generators = (np.random.default_rng([self.seed, 3, step]) for step in steps)
+        return np.stack([generator.standard_normal(shape) for generator in generators])
 
     def record_steps(self) -> NDArray[np.int64]:
         """Return the steps before which a record is taken: 0, record_every, ..., and the end."""
@@ -101,6 +127,8 @@ class Trajectory:
         Cumulative wall-clock time of the steps, excluding compilation and records.
     compile_seconds : float
         Time spent compiling for this run; 0 if nothing was compiled.
+    validation_loss : ndarray of float64, shape (records,), optional
+        The loss on the held-out data, in the same steps as `full_loss`.
     """
 
     loss: NDArray[np.float64]
@@ -113,3 +141,4 @@ class Trajectory:
     sharpness: NDArray[np.float64]
     seconds: NDArray[np.float64]
     compile_seconds: float
+    validation_loss: NDArray[np.float64] | None = None

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 import cdat_jax
+from cdat_core.tuners import average_weight
+from cdat_lab.backends import _jax_packages
 from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
 from cdat_lab.backends._trajectory import Problem, Trajectory
 from cdat_lab.bases import Base
@@ -42,12 +43,33 @@ def run(problem: Problem) -> Trajectory:
 
 
 @functools.lru_cache(maxsize=16)
-def _composite(model: Model, criterion: Criterion) -> cdat_jax.CompositeLoss:
+def _composite(model: Model, criterion: Criterion, noisy: bool) -> cdat_jax.CompositeLoss:
     """Return the loss of parameters and data; one object per task, so that it compiles once."""
+
+    def plain(params: Params, inputs: jax.Array) -> Any:
+        return model(jnp, params, inputs)
+
+    def random(params: Params, inputs: jax.Array, noise: jax.Array | None = None) -> Any:
+        return model(jnp, params, inputs, noise)
+
     return cdat_jax.CompositeLoss(
-        lambda params, inputs: model(jnp, params, inputs),
-        lambda outputs, targets: criterion(jnp, outputs, targets),
+        random if noisy else plain, lambda outputs, targets: criterion(jnp, outputs, targets)
     )
+
+
+class Average(NamedTuple):
+    """A running average of the weights, and the number of steps in it."""
+
+    steps: jax.Array
+    params: Params
+
+
+class Carry(NamedTuple):
+    """What one step hands to the next."""
+
+    params: Params
+    state: Any
+    average: Average | None
 
 
 class Program(NamedTuple):
@@ -55,11 +77,13 @@ class Program(NamedTuple):
 
     model: Model
     criterion: Criterion
+    noisy: bool
     base: Base
     rule: Callable[..., Rule] | None
     names: tuple[str, ...]
     curvature: str
     optimizer: str | None
+    average: bool
     steps: int
     length: int
 
@@ -69,36 +93,35 @@ class Program(NamedTuple):
         return cls(
             problem.task.model,
             problem.task.criterion,
+            problem.task.noise is not None,
             problem.base,
             problem.contender.rule,
             tuple(sorted(problem.hyperparameters)),
             problem.contender.curvature,
             problem.contender.optimizer,
+            problem.contender.average,
             problem.steps,
             min(problem.record_every, problem.steps),
         )
 
     def loss(self) -> cdat_jax.CompositeLoss:
-        """Return the loss as a function of the parameters, and of `inputs` and `targets`."""
-        return _composite(self.model, self.criterion)
+        """Return the loss of the parameters and of `inputs`, `targets` and perhaps `noise`."""
+        return _composite(self.model, self.criterion, self.noisy)
 
     def solver(self, values: tuple[Any, ...]) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer with its hyperparameters, which may be traced."""
         hyperparameters = dict(zip(self.names, values, strict=True))
-        if self.optimizer == "prodigy":
-            return optax.with_extra_args_support(optax.contrib.prodigy(1.0))
-        if self.optimizer == "schedule-free":
-            rate = hyperparameters["learning_rate"]
-            return optax.with_extra_args_support(optax.contrib.schedule_free_adamw(rate))
+        if self.optimizer is not None:
+            return _jax_packages.solver(self.optimizer, self.steps, hyperparameters)
         assert self.rule is not None
         rule = self.rule(self.steps, **hyperparameters)
         return cdat_jax.tuned(transformation(self.base), rule, curvature=self.curvature)
 
-    def evaluated(self, state: Any, params: Params) -> Params:
+    def evaluated(self, carry: Carry) -> Params:
         """Return the parameters at which to evaluate the optimizer."""
-        if self.optimizer == "schedule-free":
-            return optax.contrib.schedule_free_eval_params(state, params)
-        return params
+        if carry.average is not None:
+            return carry.average.params
+        return _jax_packages.evaluated(self.optimizer, carry.state, carry.params)
 
 
 def transformation(base: Base) -> optax.GradientTransformation:
@@ -110,7 +133,10 @@ def transformation(base: Base) -> optax.GradientTransformation:
         built: optax.GradientTransformation = base.optax()
         return built
     if base.second_moment is not None:
-        return optax.adam(1.0, b1=base.momentum, b2=base.second_moment, eps=base.eps)
+        settings = {"b1": base.momentum, "b2": base.second_moment, "eps": base.eps}
+        if base.weight_decay:
+            return optax.adamw(1.0, **settings, weight_decay=base.weight_decay)
+        return optax.adam(1.0, **settings)
     if base.momentum:
         return optax.chain(optax.trace(base.momentum), optax.scale(-1.0))
     return optax.scale(-1.0)
@@ -124,28 +150,37 @@ def _run(problem: Problem) -> Trajectory:
         "inputs": jnp.asarray(problem.task.inputs),
         "targets": jnp.asarray(problem.task.targets),
     }
-    rows = problem.batches()
+    held_out = None
+    if problem.task.held_out is not None:
+        inputs, targets = map(jnp.asarray, problem.task.held_out)
+        held_out = {"inputs": inputs, "targets": targets}
     records = problem.record_steps()
     state = jax.jit(lambda params: program.solver(values).init(params))(params)
-    carry = jax.tree.map(jnp.copy, (params, state))
-    first = _rows(rows, 0, program.length)
-    advance, compile_seconds = _compiled_loop(program, (values, carry, data, first, 0))
+    average = Average(jnp.asarray(0, jnp.int32), params) if program.average else None
+    carry = jax.tree.map(jnp.copy, Carry(params, state, average))
+    batches = _Batches(problem, program.length)
+    advance, compile_seconds = _compiled_loop(program, (values, carry, data, *batches(0), 0))
     sharpness = _Sharpness(problem, data)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    full_loss, sharp, seconds = [], [], [0.0]
+    full_loss, validation, sharp, seconds = [], [], [], [0.0]
+
+    def record(step: int) -> None:
+        full_loss.append(_full_loss(program, carry, data))
+        if held_out is not None:
+            validation.append(_full_loss(program, carry, held_out))
+        sharp.append(sharpness(carry.params, carry.state, taken=step))
+
     for start, end in itertools.pairwise(records):
-        full_loss.append(_full_loss(program, carry[1], carry[0], data))
-        sharp.append(sharpness(carry[0], carry[1], taken=int(start)))
-        batch, number = _rows(rows, start, program.length), int(end - start)
-        _wait(full_loss[-1])
+        record(int(start))
+        batch, number = batches(int(start)), int(end - start)
+        _wait((full_loss, validation, batch))
         began = time.perf_counter()
-        carry, measured = advance(values, carry, data, batch, number)
+        carry, measured = advance(values, carry, data, *batch, number)
         _wait(carry)
         seconds.append(seconds[-1] + time.perf_counter() - began)
         for name, column in zip(COLUMNS, measured, strict=True):
             columns[name].append(np.asarray(column)[:number])
-    full_loss.append(_full_loss(program, carry[1], carry[0], data))
-    sharp.append(sharpness(carry[0], carry[1], taken=problem.steps))
+    record(problem.steps)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Trajectory(
         **{**joined, **{n: joined[n].astype(np.int64) for n in ("trials", "skipped")}},
@@ -153,6 +188,7 @@ def _run(problem: Problem) -> Trajectory:
         sharpness=np.array(sharp, dtype=np.float64),
         seconds=np.array(seconds),
         compile_seconds=compile_seconds,
+        validation_loss=np.array(validation, dtype=np.float64) if validation else None,
     )
 
 
@@ -160,11 +196,23 @@ def _wait(arrays: Any) -> None:
     jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
 
 
-def _rows(rows: np.ndarray[Any, Any] | None, start: Any, length: int) -> jax.Array | None:
-    """Return the batches of the next `length` steps, padded by repeating the last one."""
-    if rows is None:
-        return None
-    return jnp.asarray(rows[np.minimum(start + np.arange(length), len(rows) - 1)])
+class _Batches:
+    """The rows and the noise of the next steps."""
+
+    def __init__(self, problem: Problem, length: int) -> None:
+        self._problem, self._length = problem, length
+        self._rows = problem.batches()
+
+    def __call__(self, start: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """Return those of `length` steps; beyond the end of the run they are not used."""
+        rows = self._rows
+        if rows is not None:
+            rows = rows[np.minimum(start + np.arange(self._length), len(rows) - 1)]
+        noise = self._problem.noise(start, self._length)
+        return (
+            None if rows is None else jnp.asarray(rows),
+            None if noise is None else jnp.asarray(noise),
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -192,6 +240,7 @@ def _loop(
     carry: Any,
     data: dict[str, jax.Array],
     rows: jax.Array | None,
+    noise: jax.Array | None,
     number: jax.Array,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Take `number` steps; return the new carry and the measurements, one array per column."""
@@ -200,25 +249,36 @@ def _loop(
     empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
 
     def step(index: Any, moving: Any) -> Any:
-        (params, state), columns = moving
+        (params, state, average), columns = moving
         batch = data if rows is None else {k: jnp.take(x, rows[index], 0) for k, x in data.items()}
+        if noise is not None:
+            batch = {**batch, "noise": noise[index]}
         value, grads = jax.value_and_grad(loss)(params, **batch)
+        skipped = _shown(program, state)[-1]
         updates, state = solver.update(
             grads, state, params, value=value, grad=grads, value_fn=loss, **batch
         )
         measured = (value, *_shown(program, state))
         columns = tuple(c.at[index].set(m) for c, m in zip(columns, measured, strict=True))
-        return (optax.apply_updates(params, updates), state), columns
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            average = _averaged(average, params, taken=measured[-1] == skipped)
+        return Carry(params, state, average), columns
 
     result: tuple[Any, tuple[jax.Array, ...]] = jax.lax.fori_loop(0, number, step, (carry, empty))
     return result
 
 
+def _averaged(average: Average, params: Params, *, taken: Any) -> Average:
+    weight = jnp.where(taken, average_weight(average.steps), 0.0)
+    moved = jax.tree.map(lambda mean, new: mean + weight * (new - mean), average.params, params)
+    return Average(average.steps + jnp.asarray(taken, jnp.int32), moved)
+
+
 def _shown(program: Program, state: Any) -> tuple[Any, ...]:
     """Return rate, slope, curvature, trials and skipped steps of the last step."""
     if program.optimizer is not None:
-        rate = state.estim_lr if program.optimizer == "prodigy" else jnp.nan
-        return rate, jnp.nan, jnp.nan, 0, 0
+        return _jax_packages.rate(program.optimizer, state), jnp.nan, jnp.nan, 0, 0
     tuner = state.tuner
     curvature = jnp.nan if tuner.info.curvature is None else tuner.info.curvature
     trials = getattr(tuner.tuner_state, "trials", 0)
@@ -226,8 +286,8 @@ def _shown(program: Program, state: Any) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _full_loss(program: Program, state: Any, params: Params, data: dict[str, jax.Array]) -> Any:
-    return program.loss()(program.evaluated(state, params), **data)
+def _full_loss(program: Program, carry: Carry, data: dict[str, jax.Array]) -> Any:
+    return program.loss()(program.evaluated(carry), **data)
 
 
 class _Sharpness:
@@ -238,7 +298,7 @@ class _Sharpness:
         self._wanted = problem.sharpness
         self._base = problem.base
         self._preconditioned = problem.base.preconditioned and problem.contender.optimizer is None
-        self._loss = _composite(task.model, task.criterion)
+        self._loss = _composite(task.model, task.criterion, task.noise is not None)
         self._data = (data["inputs"], data["targets"])
         self._tracker = SharpnessTracker(tuple(map(jnp.asarray, problem.probe())))
 

@@ -19,8 +19,9 @@ from cdat_core import (
     preconditioned,
     top_eigenvalues,
 )
+from cdat_core.extend import observe_or_hold
 from cdat_core.linesearch import LineSearch
-from cdat_core.tuners import Tuner
+from cdat_core.tuners import Tuner, average_weight
 from cdat_lab.backends import _autograd_namespace as xp
 from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
 from cdat_lab.backends._trajectory import Problem, Trajectory
@@ -86,31 +87,43 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
     whole, batches = Objective(task), problem.batches()
     record_steps = set(problem.record_steps().tolist())
     tracker = SharpnessTracker(problem.probe())
+    held_out = None if task.held_out is None else Objective(task, data=task.held_out)
     params, state, seconds = task.params, start(base, task.params), 0.0
+    average = params if problem.contender.average else None
     decisions: list[Decision] = []
-    records: list[tuple[float, float, float]] = []
+    records: list[tuple[float, ...]] = []
 
     for step in range(problem.steps + 1):
         if step in record_steps:
             found = float("nan")
             if problem.sharpness and (state.step > 0 or not base.preconditioned):
                 found = sharpness(tracker, whole.hvp(params), inverse_sqrt(base, state))
-            records.append((float(whole.value(params)), found, seconds))
+            evaluated = params if average is None else average
+            validation = float("nan") if held_out is None else float(held_out.value(evaluated))
+            records.append((float(whole.value(evaluated)), validation, found, seconds))
         if step == problem.steps:
             break
         started = time.perf_counter()
-        objective = whole if batches is None else Objective(task, batches[step])
+        objective = whole
+        if batches is not None or task.noise is not None:
+            rows, noise = None if batches is None else batches[step], problem.noise(step, 1)
+            objective = Objective(task, rows, None if noise is None else noise[0])
         value, grads, hvp = objective.derivatives(params, second=rate.uses_hessian)
-        direction, proposed = advance(base, grads, state)
+        direction, proposed = advance(base, grads, state, params)
         scale = inverse_sqrt(base, proposed)
         decision = rate.decide(Point(objective, params, value, grads, hvp, direction, scale))
         if not decision.skip:
-            params, state = SPACE.add_scale(params, decision.learning_rate, direction), proposed
+            params = SPACE.add_scale(params, decision.learning_rate, direction)
+            if average is not None:
+                weight = average_weight(state.step)
+                moved = SPACE.add_scale(params, -1.0, average)
+                average = SPACE.add_scale(average, weight, moved)
+            state = proposed
         decisions.append(decision)
         seconds += time.perf_counter() - started
 
     taken = Decision(*np.array(decisions, dtype=np.float64).T)
-    full_loss, sharpnesses, times = np.array(records).T
+    full_loss, validation_loss, sharpnesses, times = np.array(records).T
     return Trajectory(
         loss=taken.value,
         learning_rate=taken.learning_rate,
@@ -122,21 +135,31 @@ def _train(problem: Problem, rate: Rate) -> Trajectory:
         sharpness=sharpnesses,
         seconds=times,
         compile_seconds=0.0,
+        validation_loss=None if held_out is None else validation_loss,
     )
 
 
 class Objective:
-    """The loss of a task on some of its rows, and its derivatives."""
+    """The loss of a task on some rows of its data, or of `data`, and its derivatives."""
 
-    def __init__(self, task: Task, rows: NDArray[np.int64] | None = None) -> None:
-        self.task = task
-        self.inputs = task.inputs if rows is None else task.inputs[rows]
-        self.targets = task.targets if rows is None else task.targets[rows]
+    def __init__(
+        self,
+        task: Task,
+        rows: NDArray[np.int64] | None = None,
+        noise: NDArray[np.float64] | None = None,
+        *,
+        data: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+    ) -> None:
+        inputs, targets = data or (task.inputs, task.targets)
+        self.task, self.noise = task, noise
+        self.inputs = inputs if rows is None else inputs[rows]
+        self.targets = targets if rows is None else targets[rows]
 
     def outputs(self, params: Any) -> Any:
         """Return the outputs of the model; `params` may be traced."""
         # autograd's stand-in for a tuple is not a tuple; the model gets a list of arrays.
-        return self.task.model(xp, [params[i] for i in range(len(params))], self.inputs)
+        weights = [params[i] for i in range(len(params))]
+        return self.task.outputs(xp, weights, self.inputs, self.noise)
 
     def value(self, params: Any) -> Any:
         """Return the loss; `params` may be traced."""
@@ -183,8 +206,17 @@ def start(base: Base, params: Params) -> BaseState:
     return BaseState(0, zeros, zeros if base.preconditioned else ())
 
 
-def advance(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseState]:
+def advance(
+    base: Base, grads: Params, state: BaseState, params: Params
+) -> tuple[Params, BaseState]:
     """Return the update at learning rate 1 and the state after it."""
+    update, state = _undecayed(base, grads, state)
+    if base.weight_decay:
+        update = SPACE.add_scale(update, -base.weight_decay, params)
+    return update, state
+
+
+def _undecayed(base: Base, grads: Params, state: BaseState) -> tuple[Params, BaseState]:
     count, beta = state.step + 1, base.momentum
     if base.second_moment is None:
         first = tuple(beta * m + g for m, g in zip(state.first, grads, strict=True))
@@ -255,7 +287,10 @@ class Decision(NamedTuple):
 class Rate(Protocol):
     """Chooses the rate of each step."""
 
-    uses_hessian: bool
+    @property
+    def uses_hessian(self) -> bool:
+        """Whether the next step needs the Hessian."""
+        ...
 
     def decide(self, point: Point) -> Decision:
         """Return the rate of the next step."""
@@ -269,10 +304,34 @@ class TunedRate:
         self.tuner, self.state = tuner, tuner.init(np.zeros(()))
         self.curvature, self.tracker = curvature, tracker
         by_hessian = "curvature" in tuner.needs and curvature != "gauss_newton"
-        self.uses_hessian = by_hessian or "sharpness" in tuner.needs
+        self._second_order = by_hessian or "sharpness" in tuner.needs
+        self._scheduled = tuner.measures if tuner.needs & {"curvature", "sharpness"} else None
+        self._step, self._due = 0, False
+
+    @property
+    def uses_hessian(self) -> bool:
+        """Whether the next step needs the Hessian."""
+        return self._second_order and self._measures()
+
+    def _measures(self) -> bool:
+        """Return whether the next step is measured: by schedule, or because the last try failed."""
+        return self._due or self._scheduled is None or bool(self._scheduled(self._step))
 
     def decide(self, point: Point) -> Decision:
         """Return the tuner's rate; the tuner skips measurements that are not finite."""
+        measures = self._measures()
+        decision = self._measured(point) if measures else self._observed(point)
+        self._step, self._due = self._step + 1, measures and decision.skip
+        return decision
+
+    def _observed(self, point: Point) -> Decision:
+        """Return the rate of a step without a measurement."""
+        before = int(self.state.skipped)
+        rate, self.state = observe_or_hold(self.tuner, point.value, self.state)
+        skip = int(self.state.skipped) > before or not np.isfinite(point.value)
+        return Decision(point.value, rate, point.slope, np.nan, 0, skip)
+
+    def _measured(self, point: Point) -> Decision:
         curvature = largest = None
         if "curvature" in self.tuner.needs:
             curvature = self._curvature(point)

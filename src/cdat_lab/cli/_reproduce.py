@@ -22,7 +22,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for every run.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="More tasks, every contender; takes hours.")
+        bool, typer.Option("--full", help="More tasks and contenders; takes hours.")
     ] = False,
     backend: Annotated[
         str | None,

@@ -33,6 +33,9 @@ BUILT_IN = {
     "constant": Style(BLACK, DASHES, 1.8),
     "warmup-constant": Style(GREY, DASHES, 1.8),
     "warmup-cosine": Style(PURPLE, DOTS, 2.4),
+    "wsd": Style(PURPLE, DASHES, 2.0),
+    "self-tuning": Style(BLUE, LONG, 3.0),
+    "self-tuning-average": Style(SKY, DASHES, 2.4),
     "armijo": Style(ORANGE, MIXED, 1.8),
     "zoom": Style(ORANGE, DOTS, 2.0),
     "greedy": Style(VERMILLION, LONG, 1.8),
@@ -49,7 +52,13 @@ BUILT_IN = {
     "polyak": Style(PURPLE, LONG, 1.8),
     "hypergradient": Style(GREY, MIXED, 1.8),
     "prodigy": Style(BLACK, DOTS, 2.0),
+    "prodigy-cosine": Style(BLACK, LONG, 2.0),
     "schedule-free": Style(BLACK, MIXED, 1.6),
+    "schedule-free-default": Style(GREY, LONG, 1.6),
+    "adamw-0.001": Style(ORANGE, DASHES, 1.8),
+    "adamw-0.01": Style(ORANGE, SOLID, 1.8),
+    "dog": Style(GREY, DOTS, 2.0),
+    "mechanic": Style(GREEN, LONG, 1.8),
 }
 """Styles that are the same in every report."""
 

@@ -41,7 +41,9 @@ def header(findings: Findings, sections: Sequence[Section]) -> Markup:
 def _done(findings: Findings) -> str:
     study, parts = findings.study, []
     if study.races:
-        races = f"{len(study.races)} race" + ("s" if len(study.races) > 1 else "")
+        places = {(race.task, race.base, race.batch_size, race.backend) for race in study.races}
+        count = len(places) if study.suite else len(study.races)
+        races = f"{count} race" + ("s" if count > 1 else "")
         names = {name for race in study.races for name in race.contenders}
         rules = f"{len(names)} learning-rate rules" if len(names) > 1 else "one learning-rate rule"
         parts.append(f"{races} with {rules}")
@@ -166,6 +168,8 @@ def describe_base(base: Base) -> str:
     settings = [f"momentum {base.momentum:g}"] if base.momentum else []
     if base.second_moment is not None:
         settings += [f"second moment {base.second_moment:g}, eps {base.eps:g}"]
+    if base.weight_decay:
+        settings.append(f"weight decay {base.weight_decay:g}")
     if not base.builtin:
         settings = ["custom optimizer"]
     edge = "unknown" if base.edge is None else f"{base.edge:.4g}"

@@ -63,7 +63,7 @@ def characters(seed: int) -> Task:
         params=_params(generator),
         model=transformer,
         criterion=cross_entropy,
-        steps={"adam": 400, "momentum": 400, "rmsprop": 400, "gd": 400},
+        steps={"adam": 400, "adamw": 400, "momentum": 400, "rmsprop": 400, "gd": 400},
     )
 
 

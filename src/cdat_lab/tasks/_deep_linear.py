@@ -46,5 +46,5 @@ def deep_linear(seed: int) -> Task:
         params=tuple(INITIAL * normal(generator, shape) for shape in itertools.pairwise(sizes)),
         model=linear_network,
         criterion=squared_loss,
-        steps={"adam": 400, "momentum": 600, "rmsprop": 600, "gd": 1000},
+        steps={"adam": 400, "adamw": 400, "momentum": 600, "rmsprop": 600, "gd": 1000},
     )

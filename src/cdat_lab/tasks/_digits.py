@@ -59,7 +59,7 @@ def digits_cross_entropy(seed: int) -> Task:
         params=mlp_params(SIZES, generator),
         model=gelu_mlp,
         criterion=relative_entropy,
-        steps={"adam": 600, "momentum": 800, "rmsprop": 1000, "gd": 1000},
+        steps={"adam": 600, "adamw": 600, "momentum": 800, "rmsprop": 1000, "gd": 1000},
     )
 
 
@@ -77,7 +77,7 @@ def _squared_digits(name: str, samples: int, seed: int) -> Task:
         params=mlp_params(SIZES, generator),
         model=tanh_mlp,
         criterion=squared_loss,
-        steps={"adam": 600, "momentum": 800, "rmsprop": 1000, "gd": 1000},
+        steps={"adam": 600, "adamw": 600, "momentum": 800, "rmsprop": 1000, "gd": 1000},
     )
 
 

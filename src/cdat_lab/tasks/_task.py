@@ -14,7 +14,7 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 Float64 = NDArray[np.float64]
 
-Model = Callable[[Namespace, Sequence[Array], Array], Array]
+Model = Callable[..., Array]
 Criterion = Callable[[Namespace, Array, Array], Array]
 
 DEFAULT_STEPS = 600
@@ -52,10 +52,18 @@ class Task:
     model : callable
         ``model(xp, params, inputs) -> outputs``; pure, using only operators and the functions of
         the array-API namespace `xp`. Each row of the outputs depends on its row of the inputs only.
+        With `noise` it is ``model(xp, params, inputs, noise) -> outputs``.
     criterion : callable
         ``criterion(xp, outputs, targets) -> 0-d array``, a mean over the rows.
     steps : mapping of str to int
         Length of a run by name of the base optimizer; others use `DEFAULT_STEPS`.
+    held_out : tuple of two ndarrays of float64, optional
+        Inputs and targets for the validation loss, which is recorded beside the training loss.
+    noise : tuple of int, optional
+        If the training is random in each step (dropout, augmentation, a sampled code): the shape of
+        the standard normal numbers that the model gets for each row, so an array of shape
+        (rows, *noise). They are drawn from the seed and the step, the same under every framework.
+        In an evaluation the model gets None instead.
     """
 
     name: str
@@ -66,22 +74,36 @@ class Task:
     model: Model
     criterion: Criterion
     steps: Mapping[str, int] = field(default_factory=dict)
+    held_out: tuple[Float64, Float64] | None = None
+    noise: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        if len(self.inputs) != len(self.targets) or len(self.inputs) == 0:
-            msg = (
-                "inputs and targets must have one row for each sample, at least one, got "
-                f"{len(self.inputs)} and {len(self.targets)} rows"
-            )
-            raise ValueError(msg)
+        _check_rows("inputs and targets", self.inputs, self.targets)
+        if self.held_out is not None:
+            _check_rows("held_out", *self.held_out)
         if not self.params:
             msg = "params must hold at least one array, got none"
             raise ValueError(msg)
 
-    def loss(self, xp: Namespace, params: Sequence[Array], inputs: Array, targets: Array) -> Array:
+    def outputs(
+        self, xp: Namespace, params: Sequence[Array], inputs: Array, noise: Array | None = None
+    ) -> Array:
+        """Return the outputs of the model on these rows, with the noise of a step or without."""
+        if self.noise is None:
+            return self.model(xp, params, inputs)
+        return self.model(xp, params, inputs, noise)
+
+    def loss(
+        self,
+        xp: Namespace,
+        params: Sequence[Array],
+        inputs: Array,
+        targets: Array,
+        noise: Array | None = None,
+    ) -> Array:
         """Return the loss of `params` on these rows, a 0-d array of `xp`."""
-        return self.criterion(xp, self.model(xp, params, inputs), targets)
+        return self.criterion(xp, self.outputs(xp, params, inputs, noise), targets)
 
     def check_batch_size(self, batch_size: int | None) -> None:
         """Raise a ValueError unless the data have enough rows for a mini-batch."""
@@ -95,3 +117,12 @@ class Task:
     def budget(self, base: str) -> int:
         """Return the number of steps of a run with this base optimizer."""
         return self.steps.get(base, DEFAULT_STEPS)
+
+
+def _check_rows(what: str, inputs: Float64, targets: Float64) -> None:
+    if len(inputs) != len(targets) or len(inputs) == 0:
+        msg = (
+            f"{what} must have one row for each sample, at least one, got "
+            f"{len(inputs)} and {len(targets)} rows"
+        )
+        raise ValueError(msg)

@@ -51,5 +51,5 @@ def teacher_student(seed: int) -> Task:
         params=mlp_params(STUDENT, generator, 0.5),
         model=tanh_mlp,
         criterion=squared_loss,
-        steps={"adam": 600, "momentum": 1000, "rmsprop": 1000, "gd": 3000},
+        steps={"adam": 600, "adamw": 600, "momentum": 1000, "rmsprop": 1000, "gd": 3000},
     )
