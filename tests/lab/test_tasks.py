@@ -21,7 +21,7 @@ from cdat_lab.bases import BASES
 from cdat_lab.tasks import Task, _characters, _networks, _patches
 from cdat_lab.tasks._teacher_student import teacher_student
 
-NAMES = sorted(tasks.TASKS)
+NAMES = sorted(tasks.FULL_BATCH)
 SEED = 3
 
 Evaluation = tuple[float, list[np.ndarray]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cdat_lab.tasks._networks import gelu, last_axis_product, normal, squared_loss
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
@@ -32,12 +33,9 @@ def patches(seed: int) -> Task:
         Inputs of shape (256, 16, 16, 3), standardised over all pixels together; 8 one-hot targets,
         equally frequent.
     """
-    from sklearn.datasets import load_sample_images
-
     generator = np.random.default_rng(seed)
     labels = np.arange(SAMPLES) % CLASSES
-    photographs = load_sample_images().images
-    pieces = np.stack([_piece(photographs, int(label), generator) for label in labels])
+    images = pieces(labels, SIDE, generator)
     return Task(
         name="patches",
         description=(
@@ -45,12 +43,12 @@ def patches(seed: int) -> Task:
             f"{CLASSES} quarters to tell apart; two convolutions without overlap, GELU, squared "
             "loss, float64"
         ),
-        inputs=(pieces - pieces.mean()) / pieces.std(),
+        inputs=(images - images.mean()) / images.std(),
         targets=np.eye(CLASSES)[labels],
         params=_params(generator),
         model=patch_network,
         criterion=squared_loss,
-        steps={"adam": 400, "momentum": 600, "rmsprop": 600, "gd": 600},
+        steps={"adam": 400, "adamw": 400, "momentum": 600, "rmsprop": 600, "gd": 600},
     )
 
 
@@ -87,14 +85,38 @@ def _squares(xp: Namespace, images: Array, side: int) -> Array:
     return xp.reshape(squares, (samples, rows, columns, side * side * channels))
 
 
-def _piece(photographs: Sequence[Array], label: int, generator: np.random.Generator) -> Float64:
+def pieces(labels: NDArray[np.int64], side: int, generator: np.random.Generator) -> Float64:
+    """Cut square pieces out of the quarters of two photographs.
+
+    Parameters
+    ----------
+    labels : ndarray of int
+        The quarter of each piece, from 0 to 7.
+    side : int
+        Pixels along each edge.
+    generator : numpy.random.Generator
+        For the positions.
+
+    Returns
+    -------
+    ndarray of float64, shape (pieces, side, side, 3)
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    return np.stack([_piece(photographs, int(label), side, generator) for label in labels])
+
+
+def _piece(
+    photographs: Sequence[Array], label: int, side: int, generator: np.random.Generator
+) -> Float64:
     """Cut a piece out of a quarter of a photograph."""
     photograph, quadrant = divmod(label, QUADRANTS)
     image = photographs[photograph]
     height, width = image.shape[0] // 2, image.shape[1] // 2
-    row = quadrant // 2 * height + int(generator.integers(height - SIDE + 1))
-    column = quadrant % 2 * width + int(generator.integers(width - SIDE + 1))
-    return np.asarray(image[row : row + SIDE, column : column + SIDE], dtype=np.float64)
+    row = quadrant // 2 * height + int(generator.integers(height - side + 1))
+    column = quadrant % 2 * width + int(generator.integers(width - side + 1))
+    return np.asarray(image[row : row + side, column : column + side], dtype=np.float64)
 
 
 def _params(generator: np.random.Generator) -> tuple[Float64, ...]:
