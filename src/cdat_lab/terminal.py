@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from cdat_lab import claims, measures, registry, table
+from cdat_lab import claims, measures, registry, self_tuning, standings, table
 from cdat_lab.backends import Problem
 from cdat_lab.findings import Findings
 from cdat_lab.races import Job, Race, Result
@@ -93,10 +93,13 @@ class JobProgress:
 
 def show(console: Console, findings: Findings) -> None:
     """Print a table for each race, the joint model, the verdicts and the notices."""
-    for race in findings.study.races:
-        console.print(_race_table(findings, race, wide=console.width >= PLAIN_WIDTH))
-    if findings.study.races:
-        console.print(table.CAPTION, style="dim", markup=False)
+    if findings.study.suite:
+        _show_standings(console, findings)
+    else:
+        for race in findings.study.races:
+            console.print(_race_table(findings, race, wide=console.width >= PLAIN_WIDTH))
+        if findings.study.races:
+            console.print(table.CAPTION, style="dim", markup=False)
     for sweep in findings.study.sweeps:
         console.print(_sweep_table(findings, sweep))
     if findings.simulations:
@@ -105,6 +108,23 @@ def show(console: Console, findings: Findings) -> None:
         console.print(_verdict_table(findings))
     for notice in findings.notices:
         console.print(f"note: {notice}", markup=False)
+
+
+def _show_standings(console: Console, findings: Findings) -> None:
+    """Print the standings of a suite and the verdict on the self-tuning rule."""
+    frame = standings.ratios(findings)
+    for title, rows in standings.groups(frame):
+        shown = _table(f"{title}: final loss relative to the tuned constant rate")
+        for index, heading in enumerate(standings.HEADINGS):
+            shown.add_column(heading, justify="right" if index else "left", overflow="fold")
+        for row in rows.iter_rows(named=True):
+            cells = standings.cells(row)
+            style = "bold" if row["entrant"].startswith(self_tuning.OURS) else ""
+            shown.add_row(*map(Text, cells), style=style)
+        console.print(shown)
+    for check in standings.checks(frame):
+        sign = SIGNS["holds" if check.passed else "does not hold"]
+        console.print(f"{sign} {check.required}: {check.measured}", markup=False)
 
 
 def show_list(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cdat_lab import provenance
-from cdat_lab.cli import _compare, _inspect, _reproduce, _simulate
+from cdat_lab.cli import _compare, _inspect, _race, _reproduce, _simulate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,7 @@ def main(
 
 app.command("compare")(_compare.compare)
 app.command("reproduce")(_reproduce.reproduce)
+app.command("race")(_race.race)
 app.command("simulate")(_simulate.simulate)
 app.command("sharpness")(_inspect.sharpness)
 app.command("tasks")(_inspect.tasks)

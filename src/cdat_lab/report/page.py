@@ -9,17 +9,19 @@ import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from cdat_lab import storage, table
+from cdat_lab import standings, storage, table
 from cdat_lab.claims import STATEMENTS
 from cdat_lab.findings import Findings
 from cdat_lab.measures import REFERENCE
-from cdat_lab.report import results, sections
+from cdat_lab.report import results, sections, suite
 from cdat_lab.report.curve_styles import Style, styles
 from cdat_lab.report.rendering import render_template
 
 
 def write_report(findings: Findings, folder: Path) -> Path:
     """Write ``report.html``, ``verdicts.csv`` and ``table.csv``, each atomically.
+
+    A suite also has a ``standings.csv``: every run relative to the tuned constant rate.
 
     Parameters
     ----------
@@ -35,6 +37,9 @@ def write_report(findings: Findings, folder: Path) -> Path:
     """
     storage.write_text(folder / "table.csv", table.to_csv(table.rows(findings)))
     storage.write_text(folder / "verdicts.csv", table.to_csv(verdicts(findings)))
+    if findings.study.suite:
+        frame = standings.ratios(findings).drop("time_per_step")
+        storage.write_text(folder / "standings.csv", table.to_csv(frame))
     path = folder / "report.html"
     storage.write_text(path, render(findings))
     return path
@@ -45,7 +50,7 @@ def render(findings: Findings) -> str:
     looks = _styles(findings)
     found = [
         sections.verdicts(findings),
-        *results.races(findings, looks),
+        *(suite.sections if findings.study.suite else results.races)(findings, looks),
         *results.sweeps(findings),
         results.joint_model(findings, looks),
         results.grids(findings, looks),
