@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cdat_core import dynamics
 from cdat_lab import registry
+from cdat_lab.bases import GD
 from cdat_lab.contenders import Contender
 
 STEPS = 5000
@@ -85,7 +86,7 @@ def simulate(
         if contender.rule is None:
             msg = f"{name!r} is a complete optimizer; the joint model needs a learning-rate rule"
             raise ValueError(msg)
-        settings = dict(contender.hyperparameters)
+        settings = contender.settings(GD)  # the model is of gradient descent
         if contender.tuned is not None:
             settings[contender.tuned] = learning_rate
         rule = contender.rule(steps, **settings)

@@ -91,7 +91,7 @@ SETTINGS = (
     Setting("judgement", "signal-labels", "gd", 32),
     Setting("judgement", "noisy-signals", "rmsprop", 16, quick=True),
     Setting("judgement", "warped-signals", "adam", 64),
-    Setting("judgement", "source-transformer", "adamw", 32),
+    Setting("judgement", "source-transformer", "adamw", 16),
     Setting("judgement", "photo-denoiser", "adam", 128),
     Setting("judgement", "signal-vae", "rmsprop", 128),
     Setting("judgement", "co-occurrences", "momentum", 256),
@@ -224,7 +224,8 @@ def steps_at_equal_cost(steps: int, *, base: str, backend: str) -> int:
     while length > 1:
         rule = contender.rule(length, **contender.settings(find_base(base)))
         found = costs.of_steps(backend, length, rule, curvature=contender.curvature)
-        if np.sum(found) <= steps:
+        excess = float(np.sum(found)) - steps
+        if excess <= 0:
             break
-        length -= 1
+        length -= max(1, int(excess / float(np.max(found))))
     return length

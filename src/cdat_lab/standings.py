@@ -289,8 +289,8 @@ HEADINGS = (
     "within 1.05",
     "worst",
     "diverged",
-    "cost of a step",
-    "time of a step",
+    "cost",
+    "time",
 )
 
 

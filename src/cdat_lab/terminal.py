@@ -116,7 +116,7 @@ def _show_standings(console: Console, findings: Findings) -> None:
     for title, rows in standings.groups(frame):
         shown = _table(f"{title}: final loss relative to the tuned constant rate")
         for index, heading in enumerate(standings.HEADINGS):
-            shown.add_column(heading, justify="right" if index else "left", overflow="fold")
+            shown.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for row in rows.iter_rows(named=True):
             cells = standings.cells(row)
             style = "bold" if row["entrant"].startswith(self_tuning.OURS) else ""

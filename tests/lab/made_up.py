@@ -74,7 +74,7 @@ def result(key: Key, *, diverged: bool = False) -> Result:
         key.steps,
         key.seed,
         key.batch_size,
-        {**contender.hyperparameters, **tuned},
+        {**contender.settings(find_base(key.base)), **tuned},
     )
     problem = Problem(
         task=TASK,

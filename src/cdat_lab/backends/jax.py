@@ -14,7 +14,6 @@ import numpy as np
 import optax
 
 import cdat_jax
-from cdat_core.tuners import average_weight
 from cdat_lab.backends import _jax_packages
 from cdat_lab.backends._sharpness import MATVECS, SharpnessTracker
 from cdat_lab.backends._trajectory import Problem, Trajectory
@@ -42,7 +41,7 @@ def run(problem: Problem) -> Trajectory:
         return _run(problem)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _composite(model: Model, criterion: Criterion, noisy: bool) -> cdat_jax.CompositeLoss:
     """Return the loss of parameters and data; one object per task, so that it compiles once."""
 
@@ -55,21 +54,6 @@ def _composite(model: Model, criterion: Criterion, noisy: bool) -> cdat_jax.Comp
     return cdat_jax.CompositeLoss(
         random if noisy else plain, lambda outputs, targets: criterion(jnp, outputs, targets)
     )
-
-
-class Average(NamedTuple):
-    """A running average of the weights, and the number of steps in it."""
-
-    steps: jax.Array
-    params: Params
-
-
-class Carry(NamedTuple):
-    """What one step hands to the next."""
-
-    params: Params
-    state: Any
-    average: Average | None
 
 
 class Program(NamedTuple):
@@ -112,16 +96,18 @@ class Program(NamedTuple):
         """Return the optimizer with its hyperparameters, which may be traced."""
         hyperparameters = dict(zip(self.names, values, strict=True))
         if self.optimizer is not None:
-            return _jax_packages.solver(self.optimizer, self.steps, hyperparameters)
+            found = _jax_packages.solver(self.optimizer, self.steps, hyperparameters)
+            return optax.chain(found, cdat_jax.average_params()) if self.average else found
         assert self.rule is not None
         rule = self.rule(self.steps, **hyperparameters)
-        return cdat_jax.tuned(transformation(self.base), rule, curvature=self.curvature)
+        base = transformation(self.base)
+        return cdat_jax.tuned(base, rule, curvature=self.curvature, average=self.average)
 
-    def evaluated(self, carry: Carry) -> Params:
+    def evaluated(self, state: Any, params: Params) -> Params:
         """Return the parameters at which to evaluate the optimizer."""
-        if carry.average is not None:
-            return carry.average.params
-        return _jax_packages.evaluated(self.optimizer, carry.state, carry.params)
+        if self.average:
+            return cdat_jax.averaged_params(state)
+        return _jax_packages.evaluated(self.optimizer, state, params)
 
 
 def transformation(base: Base) -> optax.GradientTransformation:
@@ -156,8 +142,7 @@ def _run(problem: Problem) -> Trajectory:
         held_out = {"inputs": inputs, "targets": targets}
     records = problem.record_steps()
     state = jax.jit(lambda params: program.solver(values).init(params))(params)
-    average = Average(jnp.asarray(0, jnp.int32), params) if program.average else None
-    carry = jax.tree.map(jnp.copy, Carry(params, state, average))
+    carry = jax.tree.map(jnp.copy, (params, state))
     batches = _Batches(problem, program.length)
     advance, compile_seconds = _compiled_loop(program, (values, carry, data, *batches(0), 0))
     sharpness = _Sharpness(problem, data)
@@ -165,10 +150,12 @@ def _run(problem: Problem) -> Trajectory:
     full_loss, validation, sharp, seconds = [], [], [], [0.0]
 
     def record(step: int) -> None:
-        full_loss.append(_full_loss(program, carry, data))
+        params, state = carry
+        evaluated = program.evaluated(state, params)
+        full_loss.append(_full_loss(program.loss(), evaluated, data))
         if held_out is not None:
-            validation.append(_full_loss(program, carry, held_out))
-        sharp.append(sharpness(carry.params, carry.state, taken=step))
+            validation.append(_full_loss(program.loss(), evaluated, held_out))
+        sharp.append(sharpness(*carry, taken=step))
 
     for start, end in itertools.pairwise(records):
         record(int(start))
@@ -249,30 +236,20 @@ def _loop(
     empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
 
     def step(index: Any, moving: Any) -> Any:
-        (params, state, average), columns = moving
+        (params, state), columns = moving
         batch = data if rows is None else {k: jnp.take(x, rows[index], 0) for k, x in data.items()}
         if noise is not None:
             batch = {**batch, "noise": noise[index]}
         value, grads = jax.value_and_grad(loss)(params, **batch)
-        skipped = _shown(program, state)[-1]
         updates, state = solver.update(
             grads, state, params, value=value, grad=grads, value_fn=loss, **batch
         )
         measured = (value, *_shown(program, state))
         columns = tuple(c.at[index].set(m) for c, m in zip(columns, measured, strict=True))
-        params = optax.apply_updates(params, updates)
-        if average is not None:
-            average = _averaged(average, params, taken=measured[-1] == skipped)
-        return Carry(params, state, average), columns
+        return (optax.apply_updates(params, updates), state), columns
 
     result: tuple[Any, tuple[jax.Array, ...]] = jax.lax.fori_loop(0, number, step, (carry, empty))
     return result
-
-
-def _averaged(average: Average, params: Params, *, taken: Any) -> Average:
-    weight = jnp.where(taken, average_weight(average.steps), 0.0)
-    moved = jax.tree.map(lambda mean, new: mean + weight * (new - mean), average.params, params)
-    return Average(average.steps + jnp.asarray(taken, jnp.int32), moved)
 
 
 def _shown(program: Program, state: Any) -> tuple[Any, ...]:
@@ -286,8 +263,8 @@ def _shown(program: Program, state: Any) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _full_loss(program: Program, carry: Carry, data: dict[str, jax.Array]) -> Any:
-    return program.loss()(program.evaluated(carry), **data)
+def _full_loss(loss: cdat_jax.CompositeLoss, params: Params, data: dict[str, jax.Array]) -> Any:
+    return loss(params, **data)
 
 
 class _Sharpness:

@@ -54,7 +54,7 @@ def sharpness(
         msg = f"must be a learning-rate rule, but {rule} is a complete optimizer"
         raise typer.BadParameter(msg, param_hint="--rule")
     _options.checked("--batch-size", problem.check_batch_size, batch_size)
-    settings = dict(contender.hyperparameters)
+    settings = contender.settings(optimizer)
     if contender.tuned is not None:
         settings[contender.tuned] = rate
     run = Problem(

@@ -83,7 +83,11 @@ def _settings(findings: Findings, frame: pl.DataFrame) -> Section:
                 "runs": [(labels[name], *_seeds(runs, name)) for name in names],
             }
         )
-    body = render_template("settings", names=[labels[name] for name in names], rows=rows)
+    body = render_template(
+        "settings",
+        headings=("side", "setting", *(labels[name] for name in names)),
+        rows=rows,
+    )
     return Section("settings", "Every setting", body)
 
 

@@ -35,7 +35,7 @@ def source_transformer(seed: int) -> Task:
     The text is that of the module ``argparse``; it may differ between versions of Python.
     """
     return _transformer(
-        "source-transformer", "the source of argparse", source_text(), seed, 48, 32, 500
+        "source-transformer", "the source of argparse", source_text(), seed, 48, 24, 500
     )
 
 
