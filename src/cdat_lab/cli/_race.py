@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ def race(
     out: _options.Out = None,
     jobs: _options.Jobs = None,
     resume: _options.Resume = False,
+    with_: _options.With = None,
     dask: _options.Dask = None,
     quiet: _options.Quiet = False,
 ) -> None:
@@ -56,6 +58,7 @@ def race(
 
     `cdat race self-tuning --full --only development --contender constant --contender self-tuning`
     """
+    _options.load_files(with_)
     if suite != self_tuning.NAME:
         msg = f"there is no suite {suite!r}; choose {self_tuning.NAME}"
         raise typer.BadParameter(msg, param_hint="SUITE")
@@ -63,9 +66,9 @@ def race(
     count = seeds or (3 if full else 1)
     arguments = [suite, "--backend", chosen, "--seeds", str(count), "--first-seed", str(first_seed)]
     arguments += ["--full"] if full else []
-    for option, values in (("--only", only), ("--contender", contender)):
+    for option, values in (("--only", only), ("--contender", contender), ("--with", with_)):
         for value in values or ():
-            arguments += [option, value]
+            arguments += [option, str(value)]
     plan, notices = _options.checked(
         "--only or --contender",
         lambda: self_tuning.study(
@@ -74,7 +77,7 @@ def race(
             full=full,
             only=only or (),
             contenders=tuple(contender or ()),
-            command=" ".join(["cdat race", *arguments]),
+            command=f"cdat race {shlex.join(arguments)}",
         ),
     )
     folder = out or Path("cdat-results") / suite
