@@ -88,7 +88,7 @@ def _axes(panel: int, ticks: list[str]) -> list[tuple[str, dict[str, Any]]]:
     marks = [2.0**k for k in (*powers, -1, 1)]
     pad = 0.06 * math.log10(HIGHEST / LOWEST)
     across = figure_layout.axis(
-        "final training loss relative to the tuned constant rate",
+        "loss relative to the tuned constant",
         type="log",
         range=[math.log10(LOWEST) - pad, math.log10(HIGHEST) + pad],
         tickvals=marks,

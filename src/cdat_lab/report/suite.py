@@ -11,7 +11,7 @@ from cdat_lab import self_tuning, standings, table
 from cdat_lab.findings import Findings
 from cdat_lab.registry import find_base, find_task
 from cdat_lab.report import figures_standings
-from cdat_lab.report.charts import Chart
+from cdat_lab.report.charts import CROSS, Chart
 from cdat_lab.report.curve_styles import BLUE, MIXED, Style
 from cdat_lab.report.rendering import render_template
 from cdat_lab.report.sections import Section
@@ -65,7 +65,7 @@ def _row(row: Mapping[str, Any], styles: Styles) -> dict[str, Any]:
 
 
 def _settings(findings: Findings, frame: pl.DataFrame) -> Section:
-    names = standings.entrants(frame)
+    names = standings.entrants(frame)  # the tuned constant rate first
     labels = dict(frame.select("entrant", "label").unique().iter_rows())
     means = standings.by_setting(frame)
     place = ["side", "task", "base", "batch_size"]
@@ -78,14 +78,14 @@ def _settings(findings: Findings, frame: pl.DataFrame) -> Section:
                 "side": side,
                 "setting": f"{task}, {find_base(str(base)).label}, {table.batch(size)}",
                 "description": find_task(str(task))(findings.study.races[0].seeds[0]).description,
-                "ratios": [_ratio(found.get(name), "ratio") for name in names],
-                "validation": [_ratio(found.get(name), "validation_ratio") for name in names],
+                "ratios": [_ratio(found.get(name), "ratio") for name in names[1:]],
+                "validation": [_ratio(found.get(name), "validation_ratio") for name in names[1:]],
                 "runs": [(labels[name], *_seeds(runs, name)) for name in names],
             }
         )
     body = render_template(
         "settings",
-        headings=("side", "setting", *(labels[name] for name in names)),
+        headings=("setting", *(labels[name] for name in names[1:])),
         rows=rows,
     )
     return Section("settings", "Every setting", body)
@@ -94,7 +94,7 @@ def _settings(findings: Findings, frame: pl.DataFrame) -> Section:
 def _ratio(row: Mapping[str, Any] | None, column: str) -> str:
     if row is None:
         return ""
-    crosses = f" ({row['diverged']} diverged)" if row["diverged"] and column == "ratio" else ""
+    crosses = f" {CROSS}{row['diverged']}" if row["diverged"] and column == "ratio" else ""
     return table.fixed(row[column]) + crosses
 
 
