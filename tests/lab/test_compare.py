@@ -220,7 +220,7 @@ def test_tasks_lists_tasks_bases_rules_and_backends() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compare", "reproduce", "simulate", "sharpness", "tasks", "report"]
+    "command", ["compare", "race", "reproduce", "simulate", "sharpness", "tasks", "report"]
 )
 def test_help_has_examples(command: str) -> None:
     output = invoked(command, "--help")
