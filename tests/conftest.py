@@ -41,6 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "laws: tests of the module run over the same cases; which test is a parameter too",
     )
+    config.addinivalue_line(
+        "markers",
+        "bitwise: compares the bits of two compiled programs, which must be compiled as users do",
+    )
     config.stash[LEFT_OUT] = 0
     profile = "full" if config.getoption("full") else "default"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))

@@ -173,6 +173,7 @@ def test_compiled_and_eager_steps_agree(name):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.bitwise
 @every_transform
 def test_scan_equals_the_loop_bit_for_bit(name):
     case = run(name)
@@ -206,6 +207,7 @@ def test_mapped_runs_are_separate_runs(name):
             np.testing.assert_allclose(x[index], y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.bitwise
 @every_transform
 def test_params_and_state_can_be_donated(name):
     """Also the state that an update outside of jit returns; the caller's arrays are not deleted."""

@@ -288,6 +288,7 @@ def test_between_measurements_rate_and_vector_hold():
     assert len({float(state[1].learning_rate) for _, state in trajectory}) == 3
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("name", SOLVERS)
 def test_scan_equals_the_loop_bit_for_bit(name):
     _, params, batch = network()
@@ -335,6 +336,7 @@ def test_structure_and_dtypes_of_the_state_are_fixed(build, dtype):
     assert tuning(state).info.sharpness.dtype == jnp.float32
 
 
+@pytest.mark.bitwise
 def test_many_steps_compile_once_and_donate():
     loss, params, batch = network()
     solver, _, expected = looped("adam")
