@@ -16,6 +16,7 @@ from cdat_jax._accumulation import accumulate
 from cdat_jax._average import AverageParamsState, average_params, averaged_params
 from cdat_jax._composite import CompositeLoss
 from cdat_jax._curvature import hvp, measure
+from cdat_jax._make_step import make_step
 from cdat_jax._preconditioner import adam_inverse_sqrt
 from cdat_jax._rate import ScaleByTunerState
 from cdat_jax._spaces import TreeSpace
@@ -37,6 +38,7 @@ __all__ = [
     "averaged_params",
     "cdat",
     "hvp",
+    "make_step",
     "measure",
     "scale_by_cdat",
     "scale_by_tuner",

@@ -104,11 +104,11 @@ def micro_batches(value_fn: Any) -> tuple[Callable[..., Any], dict[str, Any]] | 
 
     None unless `value_fn` is a ``functools.partial`` of one with keyword arguments only.
     """
-    if isinstance(value_fn, functools.partial) and not value_fn.args:
-        function, keywords = value_fn.func, value_fn.keywords
-        if isinstance(function, Accumulated):
-            return function.value_fn, keywords
-    return None
+    keywords: dict[str, Any] = {}
+    # Python merges nested partials, except if the inner one has attributes.
+    while isinstance(value_fn, functools.partial) and not value_fn.args:
+        value_fn, keywords = value_fn.func, {**value_fn.keywords, **keywords}
+    return (value_fn.value_fn, keywords) if isinstance(value_fn, Accumulated) else None
 
 
 def _widened(leaf: Any) -> jax.Array:

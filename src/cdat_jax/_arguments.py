@@ -34,17 +34,6 @@ def with_schedule(tuner_or_search: Any, every: Any) -> Any:
     return tuners.every(tuner_or_search, every)
 
 
-def check_due(due: Any) -> bool | None:
-    """Return `due`; a TypeError unless it is None or a Python boolean."""
-    if due is None or isinstance(due, bool):
-        return due
-    msg = (
-        f"tuner_due must be None, True or False, got {due!r}; it says which branch of a condition "
-        "on state.due is traced, so it cannot be an array"
-    )
-    raise TypeError(msg)
-
-
 def check_arguments(params: PyTree, updates: PyTree, grad: PyTree, value: Any) -> None:
     """Raise a ValueError if the arguments of an update do not fit together."""
     if isinstance(value, tuple | list | dict):

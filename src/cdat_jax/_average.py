@@ -142,13 +142,13 @@ def advance_average(
     state: AverageParamsState, params: PyTree, updates: PyTree, taken: jax.Array
 ) -> AverageParamsState:
     """Return the average with the parameters after a step; unchanged if it was not taken."""
-    weight = tuners.average_weight(state.step)
 
     def mixed(new: jax.Array, average: jax.Array, wide: jax.Array | None) -> Any:
         old = average if wide is None else wide
         new = new.astype(old.dtype)
         if jnp.issubdtype(old.dtype, jnp.inexact):
-            new = old + weight.astype(old.dtype) * (new - old)
+            weight = tuners.average_weight(state.step.astype(old.real.dtype))
+            new = old + weight * (new - old)
         new = jnp.where(taken, new, old)
         return new.astype(average.dtype), None if wide is None else new
 

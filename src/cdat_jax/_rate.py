@@ -12,7 +12,7 @@ from cdat_core import Measurement
 from cdat_core.extend import StepInfo, observe_or_hold
 from cdat_core.linesearch import LineSearch
 from cdat_core.tuners import Tuner
-from cdat_jax._arguments import bind, check_arguments, check_due, with_schedule
+from cdat_jax._arguments import bind, check_arguments, with_schedule
 from cdat_jax._curvature import check_like, check_method, measure, require_scalar
 from cdat_jax._loops import cond
 from cdat_jax._slope import value_and_slope
@@ -99,6 +99,9 @@ def tuning(
 
     `tune` takes the arguments of `update` after a function that returns the direction, which steps
     that do not measure do not call. If the step is skipped the rate is 0.
+
+    A caller that branches itself passes ``tuner_step``, for each branch the value of ``state.due``,
+    or what `tune` found for this step before; see `make_step`.
     """
     check_method(curvature)
     tuner_or_search = with_schedule(tuner_or_search, every)
@@ -148,16 +151,18 @@ def tuning(
         value: Any,
         grad: PyTree,
         value_fn: Callable[..., Any],
-        tuner_due: bool | None = None,
+        tuner_step: bool | ScaleByTunerState | None = None,
         **extra_args: Any,
     ) -> ScaleByTunerState:
         if params is None:
             raise ValueError(_NO_PARAMS)
+        if isinstance(tuner_step, ScaleByTunerState):
+            return tuner_step
         check_arguments(params, updates, grad, value)
         value = jnp.asarray(value, dtype=state.learning_rate.dtype)
         objective = bind(value_fn, extra_args)
         inputs = StepInputs(params, value, grad, updates, objective, find_direction)
-        new_state = find_rate(state, inputs, check_due(tuner_due))
+        new_state = find_rate(state, inputs, tuner_step)
         info = new_state.info
         skip = info.skipped > state.info.skipped
         info = info._replace(learning_rate=jnp.where(skip, 0, info.learning_rate))
@@ -201,10 +206,10 @@ def _rate_of_tuner(tuner: Tuner[Any], curvature: str, tracker: SharpnessTracker 
         due = None if state.due is None else skipped
         return ScaleByTunerState(tuner_state, info, state.step, due, vector)
 
-    def hold(state: ScaleByTunerState, inputs: StepInputs) -> ScaleByTunerState:
+    def hold(state: ScaleByTunerState, inputs: StepInputs, checked: PyTree) -> ScaleByTunerState:
         # The slope would need the direction, and so another update of the base.
-        descent = TreeSpace().vdot(inputs.grad, inputs.updates)
-        value = jnp.where(jnp.isfinite(descent), inputs.value, jnp.nan)
+        finite = jnp.isfinite(TreeSpace().vdot(inputs.grad, checked))
+        value = jnp.where(finite, inputs.value, jnp.nan)
         rate, tuner_state = observe_or_hold(tuner, value, state.tuner_state)
         info = state.info._replace(
             value=inputs.value, learning_rate=rate, skipped=tuner_state.skipped
@@ -217,10 +222,12 @@ def _rate_of_tuner(tuner: Tuner[Any], curvature: str, tracker: SharpnessTracker 
     ) -> ScaleByTunerState:
         if state.due is None or due or (due is None and tuner.measures is None):
             return refresh(state, inputs)
-        if due is not None:
-            return hold(state, inputs)
+        if due is not None:  # in a chain, `updates` would be computed for this check alone
+            return hold(state, inputs, inputs.grad)
         new_state: ScaleByTunerState = cond(
-            state.due, lambda: refresh(state, inputs), lambda: hold(state, inputs)
+            state.due,
+            lambda: refresh(state, inputs),
+            lambda: hold(state, inputs, inputs.updates),
         )
         return new_state
 

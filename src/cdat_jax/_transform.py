@@ -153,10 +153,11 @@ def scale_by_cdat(
 
 
 def scaled(factor: Any, updates: PyTree) -> PyTree:
-    """Return the updates times a factor, with zeros where they are not finite."""
+    """Return the updates times a factor, with zeros where the product is not finite."""
 
     def times(u: Any) -> jax.Array:
-        u = jnp.asarray(u)
-        return jnp.where(jnp.isfinite(u), factor * u, 0).astype(u.dtype)
+        # With a check of `u` itself, XLA's loop over its elements takes longer.
+        product = factor * jnp.asarray(u)
+        return jnp.where(jnp.isfinite(product), product, 0).astype(jnp.asarray(u).dtype)
 
     return jax.tree.map(times, updates)
