@@ -195,7 +195,8 @@ def network(params, x, y):
 
 
 @pytest.mark.parametrize(
-    ("base", "full_batch"), [("sgd", False), ("momentum", False), ("adam", False), ("adam", True)]
+    ("base", "full_batch"),
+    [("sgd", False), ("momentum", False), ("adam", False), ("momentum", True)],
 )
 def test_a_newcomer_chooses_nothing(base, full_batch):
     """On mini-batches of 16 of 128 samples, or on all of them; eight seeds at once."""
