@@ -26,6 +26,7 @@ RULES = {
     "cdat": tuners.cdat(1.0),
     "zoom": linesearch.zoom(),
     "sharpness": tuners.sharpness_edge(1.0),
+    "self-tuning": tuners.with_cooldown(tuners.every(tuners.self_tuning(0.5), 2), STEPS),
 }
 
 
@@ -35,6 +36,11 @@ def whole(tensor):
 
 def flat(model):
     return torch.cat([whole(p.detach()).reshape(-1) for p in model.parameters()])
+
+
+def averaged(model, optimizer):
+    with optimizer.averaged():
+        return flat(model)
 
 
 def states(optimizer):
@@ -51,7 +57,7 @@ def prepared(size, way):
 
 
 def train(
-    rank, size, way, *, rule="cdat", form="closure", every=1, curvature="auto", base="RMSprop"
+    rank, size, way, *, rule="cdat", form="closure", every=None, curvature="auto", base="RMSprop"
 ):
     model, x, y, group = prepared(size, way)
     # RMSprop with a large eps: Adam would blow up the rounding of gradients that are all but zero.
@@ -61,6 +67,7 @@ def train(
         RULES[rule],
         curvature=curvature,
         every=every,
+        average=rule == "self-tuning",
         process_group=group,
     )
     history = []
@@ -78,7 +85,10 @@ def train(
             clip_grad_value_(model.parameters(), 0.01, foreach=False)
             optimizer.step()
         history.append(optimizer.last.as_dict())
-    return flat(model).tolist(), history
+    end = flat(model)
+    if rule == "self-tuning":
+        end = torch.cat([end, averaged(model, optimizer)])
+    return end.tolist(), history
 
 
 def faulty(rank, size, where):
@@ -226,21 +236,22 @@ def parts_of(model, optimizer):
 def saving(rank, size, folder):
     model, x, y, _ = prepared(size, "fsdp")
     model.unused.requires_grad_(False)  # without a state, it could not be loaded
-    optimizer = CDAT(torch.optim.RMSprop(model.parameters(), eps=1e-3), sigma=1.0)
+    base = torch.optim.RMSprop(model.parameters(), eps=1e-3)
+    optimizer = CDAT(base, sigma=1.0, average=True)
     closure = lambda: loss_of(model, x, y)
     for _ in range(STEPS):
         optimizer.step(closure)
     dcp.save(parts_of(model, optimizer), checkpoint_id=folder)
     for _ in range(STEPS):
         optimizer.step(closure)
-    return flat(model).tolist()
+    return torch.cat([flat(model), averaged(model, optimizer)]).tolist()
 
 
 def resuming(rank, size, folder, way="fsdp"):
     model, x, y, group = prepared(size, way)
     model.unused.requires_grad_(False)
     base = torch.optim.RMSprop(model.parameters(), eps=1e-3)
-    optimizer = CDAT(base, sigma=1.0, process_group=group)
+    optimizer = CDAT(base, sigma=1.0, average=True, process_group=group)
     before = flat(model)
     parts = parts_of(model, optimizer)
     untouched = torch.equal(before, flat(model))  # it takes a step with gradients of zero
@@ -250,7 +261,7 @@ def resuming(rank, size, folder, way="fsdp"):
     )
     for _ in range(STEPS):
         optimizer.step(lambda: loss_of(model, x, y))
-    return flat(model).tolist(), untouched
+    return torch.cat([flat(model), averaged(model, optimizer)]).tolist(), untouched
 
 
 STEPPING = {
@@ -263,11 +274,20 @@ STEPPING = {
     "zoom": {"rule": "zoom"},
     "sharpness": {"rule": "sharpness", "base": "SGD", "form": "synchronised", "every": STEPS},
     "constant": {"rule": "constant"},
+    "self-tuning": {"rule": "self-tuning"},
     "adamw": {"base": "AdamW", "rule": "constant", "form": "backward"},
 }
 WAYS = {
     (2, "fsdp"): STEPPING,
-    (2, "tensor"): ("cdat", "every", "accumulation", "differences", "zoom", "sharpness"),
+    (2, "tensor"): (
+        "cdat",
+        "every",
+        "self-tuning",
+        "accumulation",
+        "differences",
+        "zoom",
+        "sharpness",
+    ),
     (2, "sequence"): ("cdat", "backward"),
     (4, "hsdp"): ("cdat", "accumulation", "differences"),
     (4, "tensor and data"): ("cdat", "accumulation"),
