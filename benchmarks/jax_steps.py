@@ -4,13 +4,14 @@ See `turns` for how time is measured. FLOPs and temporary memory are what XLA re
 compiled step. XLA counts the body of a loop once, and of a condition the more expensive branch, so
 FLOPs are left out for searches and for steps that do not always measure.
 
-    python benchmarks/jax_steps.py [--rounds 40] [--cores 1] [--tasks mlp resnet gpt]
+    python benchmarks/jax_steps.py [--rounds 40] [--cores 1] [--tasks mlp gelu resnet gpt]
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from turns import PERIOD, REFERENCE, Step, parser, time_ratios
+from turns import PERIOD, REFERENCE, Step, parser, time_ratios, time_rounds
 
+import cdat_core.tuners
 import cdat_jax
 
 LR = 1e-3
@@ -80,6 +82,20 @@ def mlp() -> Task:
 
     x = jax.random.normal(next(key), (512, 784))
     return task(model, params, x, jax.random.randint(next(key), (512,), 0, 10))
+
+
+def gelu() -> Task:
+    """784-512-512-10 with GELU, batch 256."""
+    key = keys()
+    params = [linear(next(key), a, b) for a, b in pairwise((784, 512, 512, 10))]
+
+    def model(params: Params, x: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            x = jax.nn.gelu(affine(layer, x), approximate=False)
+        return affine(params[-1], x)
+
+    x = jax.random.normal(next(key), (256, 784))
+    return task(model, params, x, jax.random.randint(next(key), (256,), 0, 10))
 
 
 def convolution(kernel: jax.Array, x: jax.Array, stride: int = 1) -> jax.Array:
@@ -171,13 +187,15 @@ def gpt() -> Task:
     return task(model, params, x, y)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"mlp": mlp, "resnet": resnet, "gpt": gpt}
+TASKS: dict[str, Callable[[], Task]] = {"mlp": mlp, "gelu": gelu, "resnet": resnet, "gpt": gpt}
 
 
 class Contender(NamedTuple):
     solver: optax.GradientTransformation
     period: int = 1
     searches: bool = False
+    whole: bool = False
+    """Whether the step is that of `cdat_jax.make_step`, not one written by hand."""
 
 
 def cdat(**options: Any) -> optax.GradientTransformation:
@@ -211,6 +229,25 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+SPARSE = 8
+"""The self-tuning rule measures one step in eight from step 16 on."""
+
+
+def self_tuned() -> dict[str, Contender]:
+    """Return the self-tuning rule around Adam, in wrapper and chain, with each kind of step."""
+    rate = cdat_jax.scale_by_cdat(every=SPARSE)
+    solvers = {
+        "wrapper": cdat_jax.cdat(optax.adam(1.0), every=SPARSE, average=False),
+        "chain": optax.chain(optax.adam(1.0), rate),
+        "wrapper, averaged": cdat_jax.cdat(optax.adam(1.0), every=SPARSE),
+    }
+    found = {REFERENCE: CONTENDERS[REFERENCE]}
+    for name, solver in solvers.items():
+        found[f"{name}, by hand"] = Contender(solver)
+        found[f"{name}, `make_step`"] = Contender(solver, whole=True)
+    return found
+
+
 class Run:
     """A compiled step with its parameters and state."""
 
@@ -224,6 +261,8 @@ class Run:
             )
             return optax.apply_updates(params, updates), state, value
 
+        if contender.whole:
+            update = cdat_jax.make_step(loss, solver)
         self.batch = (task.x, task.y)
         # Each leaf needs its own buffer, so that all can be donated.
         self.now = jax.tree.map(jnp.copy, (task.params, solver.init(task.params)))
@@ -263,6 +302,24 @@ def compare(name: str, rounds: int) -> None:
         print(f"| {other}{note} | {times[other]} | {flops} | {memory} |", flush=True)
 
 
+def compare_self_tuned(name: str, rounds: int) -> None:
+    """Print the time of steps without and with a measurement, and of a run of 1,000 steps."""
+    task = TASKS[name]()
+    print(f"\n### Self-tuned: {(TASKS[name].__doc__ or name).rstrip('.')}\n")
+    runs = {other: Run(task, contender) for other, contender in self_tuned().items()}
+    steps: dict[str, Step] = {other: run.step for other, run in runs.items()}
+    seconds = time_rounds(steps, SPARSE * -(-rounds // SPARSE))
+    schedule = cdat_core.tuners.self_tuning(total_steps=1000).measures or bool
+    share = sum(bool(schedule(step)) for step in range(1000)) / 1000
+    print("| step | held | measuring | mean of 1,000 steps |\n|---|---|---|---|")
+    for other, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[REFERENCE], strict=True)]
+        measuring = statistics.median(ratios[SPARSE::SPARSE])
+        held = statistics.median(r for i, r in enumerate(ratios[SPARSE:]) if i % SPARSE)
+        mean = share * measuring + (1 - share) * held
+        print(f"| {other} | {held:.3f} | {measuring:.2f} | {mean:.2f} |", flush=True)
+
+
 def confine(cores: int) -> int:
     """Confine this process to some cores before JAX starts threads; return their number."""
     if not hasattr(os, "sched_setaffinity"):  # neither on macOS nor on Windows
@@ -274,6 +331,7 @@ def confine(cores: int) -> int:
 def main() -> None:
     options = parser(__doc__, TASKS, rounds=40)
     options.add_argument("--cores", type=int, default=1, help="largest number of CPU cores to use")
+    options.add_argument("--self-tuned", action="store_true", help="only the self-tuning rule")
     chosen = options.parse_args()
     cores = confine(chosen.cores)  # XLA has no flag for this: it starts one thread per core
     print(
@@ -281,7 +339,9 @@ def main() -> None:
         f"{platform.machine()}, {cores} core(s), {chosen.rounds} rounds"
     )
     for name in chosen.tasks:
-        compare(name, chosen.rounds)
+        if not chosen.self_tuned:
+            compare(name, chosen.rounds)
+        compare_self_tuned(name, chosen.rounds)
 
 
 if __name__ == "__main__":

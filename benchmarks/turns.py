@@ -21,12 +21,7 @@ def time_ratios(steps: dict[str, Step], periods: dict[str, int], rounds: int) ->
 
     A contender that measures every `period` steps is the weighted mean of the two medians.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = time_rounds(steps, WARM_UP + rounds)
     found = {}
     for name, times in seconds.items():
         period, reference = periods[name], seconds[REFERENCE]
@@ -40,6 +35,17 @@ def time_ratios(steps: dict[str, Step], periods: dict[str, int], rounds: int) ->
             found[name] = f"{(measuring + (period - 1) * others) / period:.2f}"
     found[REFERENCE] = f"1 = {1e3 * statistics.median(seconds[REFERENCE][WARM_UP:]):.0f} ms"
     return found
+
+
+def time_rounds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds that each contender takes in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def parser(doc: str | None, tasks: Iterable[str], *, rounds: int) -> argparse.ArgumentParser:
