@@ -102,6 +102,7 @@ STATEFUL = {
     "cdat": _cdat(),
     "cdat, every third step": _cdat(every=3),
     "cdat, Gauss-Newton": _cdat(curvature="gauss_newton"),
+    "self-tuned": lambda: cdat(optax.adam(1.0)),
     "greedy": _tuned(tuners.quadratically_greedy(max_growth=1.2, initial_learning_rate=1e-2)),
     "on edge": _tuned(tuners.on_edge(max_growth=1.2, initial_learning_rate=1e-2)),
     "gen": _tuned(tuners.gen(initial_learning_rate=1e-2)),

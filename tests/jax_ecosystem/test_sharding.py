@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cdat_jax import CompositeLoss, cdat, sharpness, top_eigenvalues
+from cdat_jax import CompositeLoss, cdat, make_step, sharpness, top_eigenvalues
 from tests.jax.problems import dense, same
 from tests.jax_ecosystem.hlo import collectives, operations, outside_of_branches
 from tests.jax_ecosystem.problems import (
@@ -73,6 +73,21 @@ def test_the_steps_are_those_of_one_device(mesh, name, layout):
         np.testing.assert_allclose(four, one, rtol=1e-12, atol=1e-13)
     assert step._cache_size() == 1
     for before, after in zip(*map(jax.tree.leaves, ((params, state), found[:2])), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+
+
+@layouts
+def test_whole_self_tuned_steps_are_those_of_one_device(mesh, layout):
+    solver = cdat(optax.adam(1.0), every=2)
+    step, expected = jax.jit(make_step(loss_fn, solver)), (start(), solver.init(start()))
+    params, state, data = begin(solver, mesh, layout)
+    found = params, state
+    for _ in range(5):
+        *expected, _ = step(*expected, *batch())
+        *found, _ = step(*found, *data)
+    for one, four in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_allclose(four, one, rtol=1e-12, atol=1e-13)
+    for before, after in zip(*map(jax.tree.leaves, ((params, state), tuple(found))), strict=True):
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
 
 
