@@ -74,7 +74,8 @@ def make_step(
         msg = f"loss_fn must be callable, got {loss_fn!r}; pass the function, not its result"
         raise TypeError(msg)
     if isinstance(solver, optax.MultiSteps):
-        solver = solver.gradient_transformation()
+        # Its own conversion drops the extra arguments.
+        solver = optax.GradientTransformationExtraArgs(solver.init, solver.update)
     if not isinstance(solver, optax.GradientTransformation):
         msg = f"solver must be an optax.GradientTransformation, got {solver!r}"
         raise TypeError(msg)
