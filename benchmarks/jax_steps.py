@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from turns import PERIOD, REFERENCE, Step, parser, time_ratios, time_rounds
+from turns import PERIOD, REFERENCE, SPARSE, Step, parser, print_kinds, time_ratios
 
-import cdat_core.tuners
 import cdat_jax
 
 LR = 1e-3
@@ -229,10 +227,6 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-SPARSE = 8
-"""The self-tuning rule measures one step in eight from step 16 on."""
-
-
 def self_tuned() -> dict[str, Contender]:
     """Return the self-tuning rule around Adam, in wrapper and chain, with each kind of step."""
     rate = cdat_jax.scale_by_cdat(every=SPARSE)
@@ -308,16 +302,7 @@ def compare_self_tuned(name: str, rounds: int) -> None:
     print(f"\n### Self-tuned: {(TASKS[name].__doc__ or name).rstrip('.')}\n")
     runs = {other: Run(task, contender) for other, contender in self_tuned().items()}
     steps: dict[str, Step] = {other: run.step for other, run in runs.items()}
-    seconds = time_rounds(steps, SPARSE * -(-rounds // SPARSE))
-    schedule = cdat_core.tuners.self_tuning(total_steps=1000).measures or bool
-    share = sum(bool(schedule(step)) for step in range(1000)) / 1000
-    print("| step | held | measuring | mean of 1,000 steps |\n|---|---|---|---|")
-    for other, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[REFERENCE], strict=True)]
-        measuring = statistics.median(ratios[SPARSE::SPARSE])
-        held = statistics.median(r for i, r in enumerate(ratios[SPARSE:]) if i % SPARSE)
-        mean = share * measuring + (1 - share) * held
-        print(f"| {other} | {held:.3f} | {measuring:.2f} | {mean:.2f} |", flush=True)
+    print_kinds(steps, rounds)
 
 
 def confine(cores: int) -> int:

@@ -5,7 +5,7 @@ with model, data and optimizer; on the CPU it is from the profiler's record of e
 Packages that are not installed, and contenders that fail or diverge, are left out with a note.
 
     python benchmarks/torch_steps.py [--rounds 20] [--threads 1 2] [--device cpu|cuda]
-                                     [--tasks mlp mlp_small resnet gpt gpt_math]
+                                     [--tasks mlp mlp_small resnet gpt gpt_math] [--self-tuned]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_tasks import TASKS, Task
-from turns import PERIOD, REFERENCE, WARM_UP, Step, parser, time_ratios
+from turns import PERIOD, REFERENCE, SPARSE, WARM_UP, Step, parser, print_kinds, time_ratios
 
 import cdat_torch
 from cdat_core import Measurement, tuners
@@ -62,6 +62,20 @@ def cdat(*, composite: bool = False, **options: Any) -> Callable[[Task], Step]:
         def step() -> None:
             optimizer.zero_grad()  # as Adam does; else old gradients are kept through the step
             optimizer.step(loss)
+
+        return step
+
+    return make
+
+
+def self_tuning(**options: Any) -> Callable[[Task], Step]:
+    def make(task: Task) -> Step:
+        base = torch.optim.Adam(task.params(), lr=LR)
+        optimizer = cdat_torch.CDAT(base, every=SPARSE, **options)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            optimizer.step(task.loss)
 
         return step
 
@@ -324,10 +338,22 @@ def compare(name: str, rounds: int, device: str) -> None:
         print(f"| {contender_name} | {times[contender_name]} | {memory} |", flush=True)
 
 
+def compare_self_tuned(name: str, rounds: int, device: str) -> None:
+    build = TASKS[name]
+    print(f"\n### Self-tuned: {(build.__doc__ or name).rstrip('.')}\n", flush=True)
+    contenders = {
+        REFERENCE: Contender(adam()),
+        "self-tuning": Contender(self_tuning(average=False)),
+        "self-tuning, averaged weights": Contender(self_tuning()),
+    }
+    print_kinds({name: fresh(build, each, device)[1] for name, each in contenders.items()}, rounds)
+
+
 def main() -> None:
     options = parser(__doc__, TASKS, rounds=20)
     options.add_argument("--threads", type=int, nargs="+", default=[1])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--self-tuned", action="store_true", help="only the self-tuning rule")
     chosen = options.parse_args()
     warnings.simplefilter("ignore")
     for threads in chosen.threads:
@@ -337,7 +363,9 @@ def main() -> None:
             f"{threads} thread(s), {chosen.rounds} rounds"
         )
         for name in chosen.tasks:
-            compare(name, chosen.rounds, chosen.device)
+            if not chosen.self_tuned:
+                compare(name, chosen.rounds, chosen.device)
+            compare_self_tuned(name, chosen.rounds, chosen.device)
 
 
 if __name__ == "__main__":

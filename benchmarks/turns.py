@@ -10,10 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
+from cdat_core import tuners
+
 Step = Callable[[], object]
 REFERENCE = "Adam"
 PERIOD = 10
 WARM_UP = 3
+SPARSE = 8
+"""The self-tuning rule measures one step in eight from step 16 on."""
 
 
 def time_ratios(steps: dict[str, Step], periods: dict[str, int], rounds: int) -> dict[str, str]:
@@ -35,6 +39,23 @@ def time_ratios(steps: dict[str, Step], periods: dict[str, int], rounds: int) ->
             found[name] = f"{(measuring + (period - 1) * others) / period:.2f}"
     found[REFERENCE] = f"1 = {1e3 * statistics.median(seconds[REFERENCE][WARM_UP:]):.0f} ms"
     return found
+
+
+def print_kinds(steps: dict[str, Step], rounds: int) -> None:
+    """Print a table: steps without and with a measurement, and the mean of a run of 1,000 steps.
+
+    All but the reference measure one step in `SPARSE`; the run follows the self-tuning rule.
+    """
+    seconds = time_rounds(steps, SPARSE * -(-rounds // SPARSE))
+    schedule = tuners.self_tuning(total_steps=1000).measures or bool
+    share = sum(bool(schedule(step)) for step in range(1000)) / 1000
+    print("| step | held | measuring | mean of 1,000 steps |\n|---|---|---|---|")
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[REFERENCE], strict=True)]
+        measuring = statistics.median(ratios[SPARSE::SPARSE])
+        held = statistics.median(r for i, r in enumerate(ratios[SPARSE:]) if i % SPARSE)
+        mean = share * measuring + (1 - share) * held
+        print(f"| {name} | {held:.3f} | {measuring:.2f} | {mean:.2f} |", flush=True)
 
 
 def time_rounds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
