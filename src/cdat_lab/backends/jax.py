@@ -231,7 +231,7 @@ def _loop(
     number: jax.Array,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """Take `number` steps; return the new carry and the measurements, one array per column."""
-    solver, loss = program.solver(values), program.loss()
+    train = cdat_jax.make_step(program.loss(), program.solver(values))
     wide = jnp.zeros(program.length)
     empty = (wide, wide, wide, wide, wide.astype(jnp.int32), wide.astype(jnp.int32))
 
@@ -240,13 +240,10 @@ def _loop(
         batch = data if rows is None else {k: jnp.take(x, rows[index], 0) for k, x in data.items()}
         if noise is not None:
             batch = {**batch, "noise": noise[index]}
-        value, grads = jax.value_and_grad(loss)(params, **batch)
-        updates, state = solver.update(
-            grads, state, params, value=value, grad=grads, value_fn=loss, **batch
-        )
+        params, state, value = train(params, state, **batch)
         measured = (value, *_shown(program, state))
         columns = tuple(c.at[index].set(m) for c, m in zip(columns, measured, strict=True))
-        return (optax.apply_updates(params, updates), state), columns
+        return (params, state), columns
 
     result: tuple[Any, tuple[jax.Array, ...]] = jax.lax.fori_loop(0, number, step, (carry, empty))
     return result

@@ -58,12 +58,13 @@ class Task:
     steps : mapping of str to int
         Length of a run by name of the base optimizer; others use `DEFAULT_STEPS`.
     held_out : tuple of ndarray or None
-        Inputs and targets, float64, for the validation loss, which is recorded beside the training loss.
+        Inputs and targets, float64, for the validation loss, which is recorded beside the training
+        loss.
     noise : tuple of int or None
         If the training is random in each step (dropout, augmentation, a sampled code): the shape of
         the standard normal numbers that the model gets for each row, so an array of shape
-        ``(rows, *noise)``. They are drawn from the seed and the step, the same under every framework.
-        In an evaluation the model gets None instead.
+        ``(rows, *noise)``. They are drawn from the seed and the step, the same under every
+        framework. In an evaluation the model gets None instead.
     """
 
     name: str
