@@ -42,7 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def race(folder: Path, *arguments: str) -> Any:
-    options = ["--backend", installed(), "--jobs", "1", "--out", str(folder)]
+    options = ["--backend", installed(), "--seeds", "1", "--jobs", "1", "--out", str(folder)]
     for name in TWO:
         options += ["--only", name]
     for name in ("constant", OURS, "self-tuning-average", "adamw-0.001"):

@@ -16,7 +16,7 @@ def race(
     suite: Annotated[str, typer.Argument(help="Name of the suite: self-tuning.")],
     full: Annotated[
         bool,
-        typer.Option("--full", help="All settings and contenders, three seeds; an hour or more."),
+        typer.Option("--full", help="All settings and contenders; an hour or more."),
     ] = False,
     only: Annotated[
         list[str] | None,
@@ -26,10 +26,7 @@ def race(
         list[str] | None,
         typer.Option(help="Contender; repeatable.  [default: those of the suite]"),
     ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of seeds.  [default: 1, with --full 3]"),
-    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for every run.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     check: Annotated[
         bool,
@@ -63,8 +60,7 @@ def race(
         msg = f"there is no suite {suite!r}; choose {self_tuning.NAME}"
         raise typer.BadParameter(msg, param_hint="SUITE")
     chosen = _options.one_backend(backend)
-    count = seeds or (3 if full else 1)
-    arguments = [suite, "--backend", chosen, "--seeds", str(count), "--first-seed", str(first_seed)]
+    arguments = [suite, "--backend", chosen, "--seeds", str(seeds), "--first-seed", str(first_seed)]
     arguments += ["--full"] if full else []
     for option, values in (("--only", only), ("--contender", contender), ("--with", with_)):
         for value in values or ():
@@ -73,7 +69,7 @@ def race(
         "--only or --contender",
         lambda: self_tuning.study(
             backend=chosen,
-            seeds=range(first_seed, first_seed + count),
+            seeds=range(first_seed, first_seed + seeds),
             full=full,
             only=only or (),
             contenders=tuple(contender or ()),
