@@ -31,15 +31,15 @@ def cubic() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "version",
-    ["2.13.0", "2.13.1", "2.13.0+cpu", "2.14.1+cu126", "2.15.0a0+git", "2.99.0.dev20300101", "3.0"],
+    ["2.12.0", "2.12.1", "2.13.0+cpu", "2.14.1+cu126", "2.15.0a0+git", "2.99.0.dev20300101", "3.0"],
 )
 def test_supported_from_the_floor_on(version: str) -> None:
     assert versions.why_unsupported(version) is None
 
 
-@pytest.mark.parametrize("version", ["2.12.1", "2.12.1+cu126", "1.13.0", "2.9.0", "2.12.0a0+git"])
+@pytest.mark.parametrize("version", ["2.11.1", "2.11.1+cu126", "1.13.0", "2.9.0", "2.11.0a0+git"])
 def test_unsupported_below_the_floor(version: str) -> None:
-    assert versions.why_unsupported(version) == "releases before 2.13 are not supported"
+    assert versions.why_unsupported(version) == "releases before 2.12 are not supported"
 
 
 @pytest.mark.parametrize("version", ["", "unknown", "v2", "2"])

@@ -14,7 +14,7 @@ import re
 
 import torch
 
-_OLDEST = (2, 13)  # the lower bound in pyproject.toml
+_OLDEST = (2, 12)  # the lower bound in pyproject.toml
 _KNOWN_BAD: dict[tuple[int, int], str] = {}
 """Minor releases with a reason, such as ``{(2, 20): "SoftmaxBackward0 saves its input"}``."""
 
