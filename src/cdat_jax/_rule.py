@@ -9,9 +9,6 @@ from cdat_core.extend import validation
 from cdat_core.tuners import Tuner
 from cdat_jax._arguments import with_schedule
 
-FULL_BATCH = {"sigma": 1.9, "decay": 0.0}
-"""The published rule on a full batch; see `cdat_core.tuners.cdat`."""
-
 
 def is_self_tuning(*, full_batch: bool, **hyperparameters: Any) -> bool:
     """Whether these options choose the self-tuning rule; None means that one is not given."""
@@ -31,6 +28,6 @@ def chosen_tuner(
         tuner = tuners.self_tuning(momentum)
     else:
         given = {name: number for name, number in hyperparameters.items() if number is not None}
-        tuner = tuners.cdat(**({**FULL_BATCH, **given} if full_batch else given))
+        tuner = tuners.full_batch(**given) if full_batch else tuners.cdat(**given)
     tuner = with_schedule(tuner, every)  # inside, so that nothing is measured in the cooldown
     return tuner if total_steps is None else tuners.with_cooldown(tuner, total_steps)

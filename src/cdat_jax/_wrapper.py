@@ -195,8 +195,8 @@ def cdat(
         The momentum of `base`, or Adam's b1, in [0, 1). Only the self-tuning rule uses it: it aims
         at 0.7 times 2 / (1 + momentum).
     full_batch : bool
-        Each step sees the same, complete data: the published rule with sigma 1.9 and decay 0,
-        measured in each step.
+        Each step sees the same, complete data: `cdat_core.tuners.full_batch`, the published rule
+        with sigma 1.9, no average and a cautious start, measured in each step.
     average : bool, optional
         Keep an average of the parameters; see `averaged_params`. By default, for the self-tuning
         rule without `total_steps`: its rate does not fall, so evaluate the average.

@@ -33,8 +33,8 @@ class CDAT(TunedOptimizer):
         steps have the rate 0, with one warning. Without it, evaluate with `averaged`. A checkpoint
         may go on with another number.
     full_batch : bool
-        Whether each step sees all the data. Then the rule is the published one with sigma = 1.9 and
-        no average, measured in each step.
+        Whether each step sees all the data. Then the rule is `cdat_core.tuners.full_batch`, the
+        published one with sigma = 1.9, no average and a cautious start, measured in each step.
     average : bool, optional
         Keep an average of the weights for `averaged`. By default it is kept by the self-tuning rule
         without `total_steps`.
@@ -74,17 +74,14 @@ class CDAT(TunedOptimizer):
         groups.check_base(base)
         if total_steps is not None:
             total_steps = validation.count("total_steps", total_steps)
-        published = full_batch or any(
-            option is not None for option in (sigma, decay, eps, *guards.values())
-        )
+        numbers = {"sigma": sigma, "decay": decay, "eps": eps, **guards}
+        given = {name: number for name, number in numbers.items() if number is not None}
         tuner: tuners.Tuner[Any]
-        if published:
-            tuner = tuners.cdat(
-                _default(sigma, 1.9 if full_batch else 2.0),
-                _default(decay, 0.0 if full_batch else 0.9),
-                _default(eps, 0.0),
-                **guards,
-            )
+        self_tuning = not (full_batch or given)
+        if full_batch:
+            tuner = tuners.full_batch(**given)
+        elif given:
+            tuner = tuners.cdat(**given)
         else:
             tuner = tuners.self_tuning(groups.momentum(base.param_groups))
         if every is not None:
@@ -96,7 +93,7 @@ class CDAT(TunedOptimizer):
             base,
             on_host(tuner) if first.device.type == "cpu" else tuner,
             curvature=curvature,
-            average=_default(average, total_steps is None and not published),
+            average=average if average is not None else self_tuning and total_steps is None,
             max_consecutive_skips=max_consecutive_skips,
             process_group=process_group,
         )
@@ -114,7 +111,3 @@ class CDAT(TunedOptimizer):
                 "from now on; create the optimizer with the length of the whole run"
             )
         return super().step(closure)
-
-
-def _default(option: Any, default: Any) -> Any:
-    return default if option is None else option

@@ -34,6 +34,7 @@ GUARDED = {
     "on-edge-capped": tuners.on_edge(max_learning_rate=2.0),
     "greedy-capped-growth": tuners.quadratically_greedy(max_growth=1.5),
     "gen": tuners.gen(),
+    "full-batch": tuners.full_batch(),
 }
 WITH_EPS = {"cdat-eps": tuners.cdat(eps=0.1), "greedy-eps": tuners.quadratically_greedy(eps=1e-8)}
 CLASSICAL = {

@@ -196,7 +196,7 @@ def network(params, x, y):
 
 @pytest.mark.parametrize(
     ("base", "full_batch"),
-    [("sgd", False), ("momentum", False), ("adam", False), ("momentum", True)],
+    [("sgd", False), ("momentum", False), ("adam", False), ("momentum", True), ("adam", True)],
 )
 def test_a_newcomer_chooses_nothing(base, full_batch):
     """On mini-batches of 16 of 128 samples, or on all of them; eight seeds at once."""
@@ -330,9 +330,9 @@ def test_hyperparameters_choose_the_published_rule():
         (cdat(optax.sgd(1.0), sigma=1.0), tuned(optax.sgd(1.0), tuners.cdat(1.0))),
         (cdat(optax.sgd(1.0), max_learning_rate=0.1),
          tuned(optax.sgd(1.0), tuners.cdat(max_learning_rate=0.1))),
-        (cdat(optax.sgd(1.0), full_batch=True), tuned(optax.sgd(1.0), tuners.cdat(1.9, 0.0))),
+        (cdat(optax.sgd(1.0), full_batch=True), tuned(optax.sgd(1.0), tuners.full_batch())),
         (cdat(optax.sgd(1.0), full_batch=True, sigma=1.0),
-         tuned(optax.sgd(1.0), tuners.cdat(1.0, 0.0))),
+         tuned(optax.sgd(1.0), tuners.full_batch(1.0))),
         (cdat(optax.sgd(1.0), decay=0.5, total_steps=4, every=2),
          tuned(optax.sgd(1.0), tuners.with_cooldown(tuners.every(tuners.cdat(decay=0.5), 2), 4))),
     ]  # fmt: skip

@@ -108,7 +108,7 @@ def test_newcomer_trains_with_no_number_chosen(base: str, seed: int, full: bool)
     for step in range(200):
         loss = optimizer.step(lambda step=step: problem.loss(None if full else step))  # type: ignore[misc]
         losses.append(float(loss))
-    assert full or max(losses) < 3 * first
+    assert max(losses) < 3 * first
     assert problem.loss().item() < 0.5 * first
     assert int(optimizer.last.skipped) == 0  # type: ignore[union-attr]
 
@@ -128,8 +128,8 @@ def test_newcomer_trains_with_no_number_chosen(base: str, seed: int, full: bool)
             {"every": 3, "total_steps": 30},
             tuners.with_cooldown(tuners.every(tuners.self_tuning(0.9), 3), 30),
         ),
-        ({"full_batch": True}, tuners.cdat(1.9, 0.0)),
-        ({"full_batch": True, "sigma": 1.0}, tuners.cdat(1.0, 0.0)),
+        ({"full_batch": True}, tuners.full_batch()),
+        ({"full_batch": True, "sigma": 1.0}, tuners.full_batch(1.0)),
     ],
 )
 def test_which_rule_the_options_choose(options: dict[str, Any], expected: Any) -> None:

@@ -10,7 +10,14 @@ from cdat_core.tuners._classical import hypergradient, polyak, sharpness_edge
 from cdat_core.tuners._cooldown import CooldownState, average_weight, with_cooldown
 from cdat_core.tuners._fixed import constant, scheduled
 from cdat_core.tuners._guards import GuardOptions
-from cdat_core.tuners._quadratic import CDATState, cdat, gen, on_edge, quadratically_greedy
+from cdat_core.tuners._quadratic import (
+    CDATState,
+    cdat,
+    full_batch,
+    gen,
+    on_edge,
+    quadratically_greedy,
+)
 from cdat_core.tuners._self_tuning import SelfTuningState, self_tuning
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "constant",
     "every",
     "from_rule",
+    "full_batch",
     "gen",
     "hypergradient",
     "on_edge",

@@ -88,6 +88,8 @@ class Guards(NamedTuple):
         As in `GuardOptions`.
     max_shrink : float or None
         Largest factor, >= 1, by which the rate may fall from one update to the next.
+    first_fraction : float or None
+        The part of the first proposal that is used.
 
     Examples
     --------
@@ -120,6 +122,7 @@ class Guards(NamedTuple):
     max_growth: Any = None
     max_learning_rate: Any = None
     max_shrink: Any = None
+    first_fraction: Any = None
 
     @classmethod
     def checked(
@@ -168,6 +171,9 @@ class Guards(NamedTuple):
         xp = namespace(previous)
         if self.initial_learning_rate is not None:
             proposal = xp.where(first & (proposal > previous), previous, proposal)
+        if self.first_fraction is not None:
+            part = cast(self.first_fraction, previous) * proposal
+            proposal = xp.where(first & (previous == 0), part, proposal)
         if self.max_growth is not None:
             ceiling = cast(self.max_growth, previous) * previous
             proposal = xp.where((previous > 0) & (proposal > ceiling), ceiling, proposal)
