@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.usefixtures("quick_compilation", "debug_nans"), pytest
 
 TUNERS = {
     "cdat": lambda: tuners.cdat(1.0, initial_learning_rate=0.01, max_growth=1.5),
+    "full_batch": lambda: tuners.full_batch(max_learning_rate=0.05),
     "gen": lambda: tuners.gen(),
     "hypergradient": lambda: tuners.hypergradient(
         0.05, initial_learning_rate=0.02, max_learning_rate=0.03

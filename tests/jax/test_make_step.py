@@ -111,6 +111,7 @@ def compiled():
     return make_step(loss, solver), solver, params, batch
 
 
+@pytest.mark.bitwise
 def test_scan_is_the_loop_and_buffers_can_be_donated():
     step, solver, params, batch = compiled()
     start = params, solver.init(params)

@@ -129,6 +129,7 @@ def test_the_average_is_that_of_the_parameters_after_each_step():
     assert distance(averaged_params(end[1])) < distance(START)
 
 
+@pytest.mark.bitwise
 def test_a_loop_and_a_resumed_run_are_the_scan_bit_for_bit():
     solver, run = averaging()
     step, carry = jax.jit(make_step(loss_fn, solver), donate_argnums=(0, 1)), begin(solver)
