@@ -105,9 +105,6 @@ def cdat(
     >>> float(rate)
     0.5
     """
-    sigma = _validation.positive("sigma", sigma)
-    decay = _validation.fraction("decay", decay)
-    eps = _validation.nonnegative("eps", eps)
     guards = Guards.checked(
         initial_learning_rate=initial_learning_rate,
         max_growth=max_growth,
@@ -117,7 +114,10 @@ def cdat(
 
 
 def _averaged(sigma: Any, decay: Any, eps: Any, guards: Guards) -> Tuner[CDATState]:
-    """Return the tuner behind all tuners of this module; the arguments are already validated."""
+    """Return the tuner behind all tuners of this module; the guards are already validated."""
+    sigma = _validation.positive("sigma", sigma)
+    decay = _validation.fraction("decay", decay)
+    eps = _validation.nonnegative("eps", eps)
 
     def init(like: Scalar) -> CDATState:
         zero = namespace(like).zeros_like(like)
@@ -202,9 +202,6 @@ def full_batch(
     0.24
     0.3
     """
-    sigma = _validation.positive("sigma", sigma)
-    decay = _validation.fraction("decay", decay)
-    eps = _validation.nonnegative("eps", eps)
     guards = Guards.checked(
         initial_learning_rate=initial_learning_rate,
         max_growth=max_growth,
@@ -329,7 +326,6 @@ def gen(
     0.5
     0.25
     """
-    decay = _validation.fraction("decay", decay)
     guards = Guards.checked(
         initial_learning_rate=initial_learning_rate,
         max_growth=2.0,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdat_lab.tasks._networks import gelu, last_axis_product, normal
-from cdat_lab.tasks._task import Array, Float64, Namespace
+from cdat_lab.tasks._task import Array, Criterion, Float64, Model, Namespace, Task
 
 SIGNAL = 40
 """Length of a signal of `signals`."""
@@ -80,6 +80,36 @@ def with_wrong(
 def split(data: Float64, training: int) -> tuple[Float64, Float64]:
     """Return the rows for training and the held-out rows."""
     return data[:training], data[training:]
+
+
+def task_with_held_out(
+    name: str,
+    description: str,
+    inputs: Float64,
+    targets: Float64,
+    training: int,
+    params: tuple[Float64, ...],
+    model: Model,
+    criterion: Criterion,
+    steps: dict[str, int],
+    *,
+    noise: tuple[int, ...] | None = None,
+) -> Task:
+    """Return a task whose first rows are for training and the others held out."""
+    rows, held_out = split(inputs, training)
+    wanted, held_out_wanted = split(targets, training)
+    return Task(
+        name=name,
+        description=f"{description}, float64",
+        inputs=rows,
+        targets=wanted,
+        params=params,
+        model=model,
+        criterion=criterion,
+        steps=steps,
+        held_out=(held_out, held_out_wanted),
+        noise=noise,
+    )
 
 
 def dropout(xp: Namespace, x: Array, noise: Array | None, rate: float) -> Array:

@@ -20,7 +20,7 @@ from cdat_lab.tasks._blocks import (
     shifted,
     signals,
     softplus,
-    split,
+    task_with_held_out,
     with_wrong,
 )
 from cdat_lab.tasks._networks import (
@@ -98,19 +98,16 @@ def _classification(
     noise: tuple[int, ...] | None = None,
     criterion: Criterion = cross_entropy,
 ) -> Task:
-    """Return a task whose first rows are for training and the others held out."""
-    rows, held_out = split(inputs, training)
-    wanted, held_out_wanted = split(targets, training)
-    return Task(
-        name=name,
-        description=f"{description}, cross-entropy, float64",
-        inputs=rows,
-        targets=wanted,
-        params=params,
-        model=model,
-        criterion=criterion,
-        steps=steps,
-        held_out=(held_out, held_out_wanted),
+    return task_with_held_out(
+        name,
+        f"{description}, cross-entropy",
+        inputs,
+        targets,
+        training,
+        params,
+        model,
+        criterion,
+        steps,
         noise=noise,
     )
 

@@ -4,35 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cdat_lab.tasks._blocks import split
+from cdat_lab.tasks._blocks import task_with_held_out
 from cdat_lab.tasks._networks import gelu_mlp, mlp_params, normal, squared_loss, tanh_mlp
-from cdat_lab.tasks._task import Array, Criterion, Float64, Model, Namespace, Task
-
-
-def _regression(
-    name: str,
-    description: str,
-    inputs: Float64,
-    targets: Float64,
-    training: int,
-    params: tuple[Float64, ...],
-    model: Model,
-    criterion: Criterion,
-    steps: dict[str, int],
-) -> Task:
-    rows, held_out = split(inputs, training)
-    wanted, held_out_wanted = split(targets, training)
-    return Task(
-        name=name,
-        description=f"{description}, float64",
-        inputs=rows,
-        targets=wanted,
-        params=params,
-        model=model,
-        criterion=criterion,
-        steps=steps,
-        held_out=(held_out, held_out_wanted),
-    )
+from cdat_lab.tasks._task import Array, Namespace, Task
 
 
 def diabetes(seed: int) -> Task:
@@ -47,7 +21,7 @@ def diabetes(seed: int) -> Task:
     inputs = inputs / inputs.std(axis=0)
     targets = (targets - targets.mean()) / targets.std()
     targets[: training // 20] += 5 * generator.standard_normal((training // 20, 1))
-    return _regression(
+    return task_with_held_out(
         "diabetes",
         f"{training} patients with 10 features (diabetes, scikit-learn), a twentieth of the "
         f"targets far off; a {'-'.join(map(str, sizes))} tanh network, squared loss",
@@ -70,7 +44,7 @@ def outliers(seed: int) -> Task:
     targets = 10 * np.sin(np.pi * a * b) + 20 * (c - 0.5) ** 2 + 10 * d + 5 * e
     targets = (targets - targets.mean()) / targets.std()
     targets = targets + 0.1 * generator.standard_t(1.5, size=samples)
-    return _regression(
+    return task_with_held_out(
         "outliers",
         f"{training} values of Friedman's function with heavy-tailed noise; a "
         f"{'-'.join(map(str, sizes))} gelu network, pseudo-Huber loss",
@@ -98,7 +72,7 @@ def counts(seed: int) -> Task:
     inputs *= np.arange(1, features + 1) ** -0.5 * 2
     weights = 0.6 * normal(generator, (features, 1))
     drawn = generator.poisson(np.exp(np.minimum(inputs @ weights + 0.5, 4.0)))
-    return _regression(
+    return task_with_held_out(
         "counts",
         f"{training} generated counts with {features} features; Poisson regression",
         inputs,
@@ -126,7 +100,7 @@ def deep_tanh(seed: int) -> Task:
     hidden = np.tanh(1.5 * inputs @ normal(generator, (sizes[0], 24)))
     targets = hidden @ normal(generator, (24, sizes[-1]))
     targets = targets / targets.std() + 0.2 * generator.standard_normal(targets.shape)
-    return _regression(
+    return task_with_held_out(
         "deep-tanh",
         f"{training} noisy outputs of a random network; a tanh network with {len(sizes) - 1} "
         f"layers of width {sizes[1]}, squared loss",
