@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cdat_lab.tasks._blocks import digit_images, signals, split
+from cdat_lab.tasks._blocks import digit_images, signals, task_with_held_out
 from cdat_lab.tasks._networks import gelu_mlp, mlp_params, squared_loss, tanh_mlp
 from cdat_lab.tasks._patches import CLASSES as QUARTERS
 from cdat_lab.tasks._patches import pieces
@@ -21,20 +21,20 @@ def digit_autoencoder(seed: int) -> Task:
     """Return the task of compressing digits to eight numbers."""
     training, sizes = 1200, (PIXELS, 48, 8, 48, PIXELS)
     generator = np.random.default_rng(seed)
-    inputs, held_out = split(digit_images(generator, training, 500)[0], training)
-    return Task(
+    data = digit_images(generator, training, 500)[0]
+    return task_with_held_out(
         name="digit-autoencoder",
         description=(
             f"{training} images of 8 x 8 handwritten digits (scikit-learn) to reconstruct; a "
-            f"{'-'.join(map(str, sizes))} tanh network, squared loss, float64"
+            f"{'-'.join(map(str, sizes))} tanh network, squared loss"
         ),
-        inputs=inputs,
-        targets=inputs,
+        inputs=data,
+        targets=data,
+        training=training,
         params=mlp_params(sizes, generator),
         model=tanh_mlp,
         criterion=squared_loss,
         steps={"rmsprop": 900},
-        held_out=(held_out, held_out),
     )
 
 
@@ -50,22 +50,20 @@ def photo_denoiser(seed: int) -> Task:
     clean = (clean - clean.mean()) / clean.std()
     noisy = clean + 0.3 * generator.standard_normal(clean.shape)
     order = generator.permutation(samples)
-    inputs, held_out = split(noisy[order], training)
-    targets, held_out_targets = split(clean[order], training)
-    return Task(
+    return task_with_held_out(
         name="photo-denoiser",
         description=(
             f"{training} noisy pieces of 8 x 8 pixels of two photographs (scikit-learn), to which "
             f"each step adds noise, to denoise; a {'-'.join(map(str, sizes))} gelu network, "
-            "squared loss, float64"
+            "squared loss"
         ),
-        inputs=inputs,
-        targets=targets,
+        inputs=noisy[order],
+        targets=clean[order],
+        training=training,
         params=mlp_params(sizes, generator),
         model=denoiser,
         criterion=squared_loss,
         steps={"adam": 800},
-        held_out=(held_out, held_out_targets),
         noise=(PIXELS,),
     )
 
@@ -103,23 +101,21 @@ def _vae(
     steps: dict[str, int],
 ) -> Task:
     features = data.shape[1]
-    inputs, held_out = split(data, training)
     encoder = mlp_params((features, width, 2 * CODE), generator)
     decoder = mlp_params((CODE, width, features), generator)
-    return Task(
+    return task_with_held_out(
         name=name,
         description=(
             f"{what}; a variational autoencoder with a code of {CODE} numbers, sampled in each "
-            f"step, and tanh layers of width {width}; squared loss plus divergence of the code, "
-            "float64"
+            f"step, and tanh layers of width {width}; squared loss plus divergence of the code"
         ),
-        inputs=inputs,
-        targets=inputs,
+        inputs=data,
+        targets=data,
+        training=training,
         params=(*encoder, *decoder),
         model=variational_autoencoder,
         criterion=variational_loss,
         steps=steps,
-        held_out=(held_out, held_out),
         noise=(CODE,),
     )
 

@@ -77,11 +77,6 @@ def with_wrong(
     return noisy
 
 
-def split(data: Float64, training: int) -> tuple[Float64, Float64]:
-    """Return the rows for training and the held-out rows."""
-    return data[:training], data[training:]
-
-
 def task_with_held_out(
     name: str,
     description: str,
@@ -96,18 +91,16 @@ def task_with_held_out(
     noise: tuple[int, ...] | None = None,
 ) -> Task:
     """Return a task whose first rows are for training and the others held out."""
-    rows, held_out = split(inputs, training)
-    wanted, held_out_wanted = split(targets, training)
     return Task(
         name=name,
         description=f"{description}, float64",
-        inputs=rows,
-        targets=wanted,
+        inputs=inputs[:training],
+        targets=targets[:training],
         params=params,
         model=model,
         criterion=criterion,
         steps=steps,
-        held_out=(held_out, held_out_wanted),
+        held_out=(inputs[training:], targets[training:]),
         noise=noise,
     )
 

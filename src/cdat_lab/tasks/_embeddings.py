@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cdat_lab.tasks._blocks import SIGNAL, signals, split
+from cdat_lab.tasks._blocks import SIGNAL, signals, task_with_held_out
 from cdat_lab.tasks._networks import cross_entropy, gelu_mlp, mlp_params, normal, squared_loss
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
@@ -30,21 +30,19 @@ def ratings(seed: int) -> Task:
     table = people @ films.T / 2 + generator.standard_normal((PEOPLE, 1)) * 0.5
     rows, columns = np.divmod(generator.permutation(PEOPLE * FILMS)[:samples], FILMS)
     targets = table[rows, columns] + 0.4 * generator.standard_normal(samples)
-    inputs, held_out = split(_pairs(rows, PEOPLE, columns, FILMS), training)
-    wanted, held_out_wanted = split(targets[:, None], training)
-    return Task(
+    return task_with_held_out(
         name="ratings",
         description=(
             f"{training} ratings of {FILMS} films by {PEOPLE} people (generated), factorised with "
-            f"rank {RANK}, squared loss, float64"
+            f"rank {RANK}, squared loss"
         ),
-        inputs=inputs,
-        targets=wanted,
+        inputs=_pairs(rows, PEOPLE, columns, FILMS),
+        targets=targets[:, None],
+        training=training,
         params=_factors(generator, PEOPLE, FILMS),
         model=factorisation,
         criterion=squared_loss,
         steps={"gd": 1200},
-        held_out=(held_out, held_out_wanted),
     )
 
 
@@ -99,21 +97,19 @@ def co_occurrences(seed: int) -> Task:
     training = len(rows) * 4 // 5
     found = counts[rows, columns]
     targets = np.stack([np.log(found), np.minimum(1.0, (found / 100) ** 0.75)], axis=1)
-    inputs, held_out = split(_pairs(rows, WORDS, columns, WORDS), training)
-    wanted, held_out_wanted = split(targets, training)
-    return Task(
+    return task_with_held_out(
         name="co-occurrences",
         description=(
             f"{training} counts of pairs among {WORDS} words of the Python reference (pydoc), "
-            f"factorised with rank {RANK}, weighted squared loss of the logarithm, float64"
+            f"factorised with rank {RANK}, weighted squared loss of the logarithm"
         ),
-        inputs=inputs,
-        targets=wanted,
+        inputs=_pairs(rows, WORDS, columns, WORDS),
+        targets=targets,
+        training=training,
         params=_factors(generator, WORDS, WORDS),
         model=factorisation,
         criterion=weighted_loss,
         steps={"momentum": 1200},
-        held_out=(held_out, held_out_wanted),
     )
 
 
@@ -160,22 +156,20 @@ def contrastive(seed: int) -> Task:
     views = data[shown] + 0.5 * generator.standard_normal((samples, OTHERS + 2, SIGNAL))
     targets = np.zeros((samples, OTHERS + 1))
     targets[:, 0] = 1
-    inputs, held_out = split(views, training)
-    wanted, held_out_wanted = split(targets, training)
-    return Task(
+    return task_with_held_out(
         name="contrastive",
         description=(
             f"{training} generated signals, each with a second view and those of {OTHERS} others, "
             f"with more noise in each step; a {'-'.join(map(str, sizes))} gelu network, "
-            "cross-entropy of the cosines, float64"
+            "cross-entropy of the cosines"
         ),
-        inputs=inputs,
-        targets=wanted,
+        inputs=views,
+        targets=targets,
+        training=training,
         params=mlp_params(sizes, generator),
         model=similarities,
         criterion=cross_entropy,
         steps={"adam": 600},
-        held_out=(held_out, held_out_wanted),
         noise=(OTHERS + 2, SIGNAL),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cdat_lab.tasks._blocks import split
+from cdat_lab.tasks._blocks import task_with_held_out
 from cdat_lab.tasks._networks import last_axis_product, normal, squared_loss
 from cdat_lab.tasks._task import Array, Float64, Namespace, Task
 
@@ -23,20 +23,17 @@ def frequencies(seed: int) -> Task:
     frequency = generator.uniform(1, 6, size=(samples, 1))
     phase = generator.uniform(0, 2 * np.pi, size=(samples, 1))
     waves = np.sin(frequency * np.linspace(0, 2, LENGTH) + phase)
-    inputs, held_out = split(
-        (waves + 0.1 * generator.standard_normal(waves.shape))[:, :, None], training
-    )
     scaled = (frequency - frequency.mean()) / frequency.std()
     targets = np.concatenate([scaled, np.sin(phase), np.cos(phase)], axis=1)
-    wanted, held_out_wanted = split(targets, training)
-    return Task(
+    return task_with_held_out(
         name="frequencies",
         description=(
             f"{training} noisy waves of {LENGTH} values, frequency and phase as targets; a tanh "
-            f"recurrent network of width {width}, squared loss, float64"
+            f"recurrent network of width {width}, squared loss"
         ),
-        inputs=inputs,
-        targets=wanted,
+        inputs=(waves + 0.1 * generator.standard_normal(waves.shape))[:, :, None],
+        targets=targets,
+        training=training,
         params=(
             normal(generator, (1, width), 1.0),
             normal(generator, (width, width)),
@@ -47,7 +44,6 @@ def frequencies(seed: int) -> Task:
         model=recurrent_network,
         criterion=squared_loss,
         steps={"momentum": 700},
-        held_out=(held_out, held_out_wanted),
     )
 
 
@@ -88,17 +84,15 @@ def chaos(seed: int) -> Task:
     noisy = path + 0.05 * generator.standard_normal(path.shape)
     windows = np.arange(samples)[:, None] + np.arange(LENGTH)
     # Held-out windows come after all windows for training.
-    inputs, held_out = split(noisy[windows], training)
-    wanted, held_out_wanted = split(path[np.arange(samples) + LENGTH - 1 + AHEAD], training)
-    return Task(
+    return task_with_held_out(
         name="chaos",
         description=(
             f"{training} noisy windows of {LENGTH} states of the Lorenz system, to forecast "
-            f"{AHEAD} steps ahead; a gated recurrent network of width {width}, squared loss, "
-            "float64"
+            f"{AHEAD} steps ahead; a gated recurrent network of width {width}, squared loss"
         ),
-        inputs=inputs,
-        targets=wanted,
+        inputs=noisy[windows],
+        targets=path[np.arange(samples) + LENGTH - 1 + AHEAD],
+        training=training,
         params=(
             normal(generator, (3, 3 * width)),
             normal(generator, (width, 3 * width)),
@@ -109,7 +103,6 @@ def chaos(seed: int) -> Task:
         model=gated_network,
         criterion=squared_loss,
         steps={"adam": 700},
-        held_out=(held_out, held_out_wanted),
     )
 
 
